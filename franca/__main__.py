@@ -1,0 +1,146 @@
+"""The command line: each verb says what it takes and where its code is; the code is imported when the verb is called."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from franca import __version__
+from franca.core.errors import EXIT_CONFIG, ConfigError
+
+app = typer.Typer(
+    name="franca",
+    help="From raw text to a trained, evaluated and published language model.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="A run file, or an existing run folder to go on with.")]
+Words = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings laid over the file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def _call(target: str, *arguments: Any) -> Any:
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)(*arguments)
+
+
+@app.command(epilog="Example: franca demo my_demo")
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where everything goes; must not exist yet.")] = Path("demo"),
+    minutes: Annotated[float, typer.Option(help="How long to train, about.")] = 3.0,
+) -> None:
+    """The whole way on this machine: prepare, train, stop, resume, measure, sample, export."""
+    raise typer.Exit(_call("franca.demo:main", folder, minutes))
+
+
+@app.command(epilog="Example: franca prepare data.yaml output=data/mine validation_share=0.02")
+def prepare(
+    file: Annotated[Path, typer.Argument(metavar="DATA.YAML", help="What to prepare.")],
+    words: Words = None,
+) -> None:
+    """Text to a dataset: a tokenizer, token shards, a held-out set."""
+    _call("franca.data.prepare:main", file, words or [])
+
+
+@app.command(epilog="Example: franca plan run.yaml --ranks 8 train.batch_samples=256")
+def plan(
+    file: RunFile,
+    words: Words = None,
+    ranks: Annotated[int, typer.Option(help="How many devices it will run on.")] = 1,
+    json: Json = False,
+) -> None:
+    """What a run will take, and every problem that would keep it from finishing."""
+    raise typer.Exit(_call("franca.cluster.plan:main", file, words or [], ranks, json))
+
+
+@app.command(epilog="Example: franca train run.yaml optim.lr=3e-4")
+def train(file: RunFile, words: Words = None) -> None:
+    """Train in this process (or, under torchrun or srun, as one of several). Run it again to resume."""
+    raise typer.Exit(_call("franca.train.loop:main", file, words or []))
+
+
+@app.command(epilog="Example: franca launch run.yaml --ranks 2")
+def launch(
+    file: RunFile,
+    words: Words = None,
+    ranks: Annotated[int, typer.Option(help="How many processes to start here.")] = 1,
+) -> None:
+    """Train on several processes of this machine."""
+    raise typer.Exit(_call("franca.cluster.local:main", file, words or [], ranks))
+
+
+@app.command(epilog="Example: franca status runs/mine --json")
+def status(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    json: Json = False,
+) -> None:
+    """Where a run stands: step, loss, checkpoints, attempts."""
+    _call("franca.cluster.status:main", run, json)
+
+
+@app.command(epilog="Example: franca sample runs/mine -p 'import os' -p 'def main' temperature=0.8 max_new_tokens=64")
+def sample(
+    source: Annotated[Path, typer.Argument(help="A run, a checkpoint or a Hugging Face folder.")],
+    words: Words = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; several times for several.")
+    ] = None,
+) -> None:
+    """Let a model continue a text (from -p, or from standard input)."""
+    _call("franca.infer.sample:main", source, prompt or [], words or [])
+
+
+@app.command(epilog="Example: franca export runs/mine my-model --precision bf16")
+def export(
+    source: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="The Hugging Face folder to make.")],
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:
+    """Write a Hugging Face folder that transformers loads as it is."""
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"--precision: {precision!r} is not one of fp32, bf16")
+    _call("franca.checkpoint.convert:export", source, output, precision)
+    print(output)
+
+
+@app.command("import", epilog="Example: franca import Llama-3.2-1B imported/llama-1b")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
+    output: Annotated[Path, typer.Argument(help="The run folder to make.")],
+) -> None:
+    """A Hugging Face folder as a checkpoint to sample from, or to start from (init_from)."""
+    _call("franca.checkpoint.convert:import_folder", source, output)
+    print(output)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"franca {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; a wrong config is one message and exit code 78."""
+    try:
+        app()
+    except ConfigError as error:
+        rank = os.environ.get("RANK", "0")
+        print((f"[rank {rank}] " if rank != "0" else "") + f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+
+
+if __name__ == "__main__":
+    main()

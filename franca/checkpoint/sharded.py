@@ -1,0 +1,188 @@
+"""Tensors to a checkpoint folder and back, whole or sharded: `torch.distributed.checkpoint` files, resharded on load.
+
+It is given named tensors and refuses to know what they mean. Nothing that a user could have downloaded is unpickled freely.
+"""
+
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from franca import __version__
+from franca.checkpoint.store import Checkpoint, Store, sha256
+from franca.core.config import config
+from franca.core.duration import Duration
+from franca.core.errors import ConfigError
+from franca.parallel.world import World
+
+T = TypeVar("T")
+
+# Every class that the index of a checkpoint of plain tensors names; nothing else is ever constructed from one.
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch._utils", "_get_layout"),
+    ("torch.serialization", "_get_layout"),
+    *(("torch", str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)),
+    *(("torch", name) for name in ("int64", "int32", "uint8", "bool", "strided")),
+    ("pathlib", "Path"),
+    ("pathlib", "PosixPath"),
+}
+
+
+@config
+class CheckpointConfig:
+    """When a run is saved, and how much of it is kept. The last step and a stopped run are always saved."""
+
+    every: Duration = Duration(1000, "steps")  # any unit of the clock, also wall time: "20 min"
+    keep: int | None = 2  # newest ones; None: all
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise ConfigError(f"the checkpoint's index names {module}.{name}, which is no part of a checkpoint: not loaded")
+        return super().find_class(module, name)
+
+
+class Reader(FileSystemReader):
+    """PyTorch's reader with the index unpickled by an allow-list."""
+
+    def read_metadata(self, *args: Any, **keywords: Any) -> Metadata:
+        try:
+            with open(Path(self.path) / ".metadata", "rb") as file:
+                metadata = _Unpickler(file).load()
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise ConfigError(f"{self.path}/.metadata: cannot be read ({error})") from None
+        if not isinstance(metadata, Metadata):
+            raise ConfigError(f"{self.path}/.metadata: holds a {type(metadata).__name__}, no checkpoint index")
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def save(
+    store: Store,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    write_beside: Callable[[Path], None],
+    world: World,
+) -> Checkpoint:
+    """Write and commit the checkpoint of `step`. Every rank calls it with its part of the same tensors.
+
+    `facts` go into `meta.json`; `write_beside(folder)` adds files (the model's `params.json`, the tokenizer), on rank 0.
+
+    Raises:
+        OSError: on every rank alike, when any rank could not write; the checkpoints before it are untouched.
+    """
+    begin = time.time()
+    _together(world, lambda: store.begin(step) if world.is_main else None)
+    partial = store.partial(step)
+
+    def write() -> dict[str, dict[str, Any]]:
+        before = set(partial.iterdir())
+        writer = FileSystemWriter(partial, single_file_per_rank=True, thread_count=1)
+        with _alone(world.size):
+            dcp_save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+        if world.is_main:
+            write_beside(partial)
+        mine = [path for path in partial.iterdir() if _written_by(path.name, world.rank) and path not in before]
+        return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in mine}
+
+    files: dict[str, Any] = {}
+    for part in _together(world, write):
+        files |= part
+    meta = {
+        **facts,
+        "world_size": world.size,
+        "files": dict(sorted(files.items())),
+        "versions": {"franca": __version__, "torch": torch.__version__},
+        "seconds": time.time() - begin,
+        "time": time.time(),
+    }
+    _together(world, lambda: store.commit(step, meta) if world.is_main else None)
+    return Checkpoint(store.folder(step))
+
+
+def _written_by(name: str, rank: int) -> bool:
+    return name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))
+
+
+def _together(world: World, act: Callable[[], T]) -> list[T]:
+    """Let every rank act; when one fails, all raise. The results of all ranks."""
+    result, error = None, None
+    try:
+        result = act()
+    except Exception as caught:  # told to the other ranks, which would wait for this one for ever
+        error = f"rank {world.rank}: {type(caught).__name__}: {caught}"
+    errors = [text for text in world.gather_objects(error) if text]
+    if errors:
+        raise OSError(f"the checkpoint could not be written: {'; '.join(errors)}")
+    return world.gather_objects(result)
+
+
+def newest_good(store: Store, world: World, on_damage: Callable[[Checkpoint, list[str]], None]) -> Checkpoint | None:
+    """The newest checkpoint whose files are all as they were written; every rank checks some of them and all agree."""
+    steps = world.from_main([checkpoint.step for checkpoint in store.committed()])
+    for step in reversed(steps):
+        checkpoint = Checkpoint(store.folder(step))
+        damage = [text for found in world.gather_objects(checkpoint.damage(world.rank, world.size)) for text in found]
+        if not damage:
+            return checkpoint
+        on_damage(checkpoint, damage)
+    return None
+
+
+def load(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], num_ranks: int) -> None:
+    """Fill `tensors`, whole or sharded in any way, in place from a checkpoint of the same names and shapes.
+
+    Raises:
+        ConfigError: that lists what is missing or of another shape.
+    """
+    reader = Reader(checkpoint.path)
+    stored = {
+        name: tuple(entry.size)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    problems = [f"{name} is not in it" for name in tensors if name not in stored]
+    problems += [
+        f"{name} is {stored[name]} there and {tuple(tensor.shape)} here"
+        for name, tensor in tensors.items()
+        if name in stored and stored[name] != tuple(tensor.shape)
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ConfigError(
+            f"{checkpoint.path}: is a checkpoint of another model: {shown}. Use the model: section it was made with."
+        )
+    with _alone(num_ranks):
+        dcp_load(dict(tensors), storage_reader=reader, no_dist=num_ranks == 1)
+
+
+@contextmanager
+def _alone(num_ranks: int) -> Iterator[None]:
+    """One process without a process group is what is meant; PyTorch need not warn of it."""
+    with warnings.catch_warnings():
+        if num_ranks == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield

@@ -1,0 +1,155 @@
+"""Checkpoint folders: what is committed, what is kept, what is swept away. No torch.
+
+A checkpoint is written under a hidden name and exists from the moment of its rename. Readers see nothing else.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from franca.core.errors import ConfigError
+from franca.core.run import sync_folder, write_atomically
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed folder. `params.json` says what model it is, `meta.json` where the run stood and what its files are."""
+
+    path: Path
+
+    @property
+    def step(self) -> int:
+        return int(self.path.name)
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        return self._json("meta.json")
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        return self._json("params.json")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            values = dict(json.loads((self.path / name).read_text()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path / name}: cannot be read ({error}). Is this a committed checkpoint?") from None
+        if name == "meta.json" and values.get("format") != FORMAT:
+            raise ConfigError(f"{self.path}: has checkpoint format {values.get('format')!r}; this franca reads {FORMAT}")
+        return values
+
+    def damage(self, part: int = 0, parts: int = 1) -> list[str]:
+        """What differs from `meta.json`: a missing file, a size, a hash. Checks every `parts`-th file from `part` on."""
+        try:
+            files = sorted(self.meta["files"].items())
+        except ConfigError as error:
+            return [str(error)]
+        found = []
+        for name, facts in files[part::parts]:
+            file = self.path / name
+            if not file.is_file():
+                found.append(f"{name} is missing")
+            elif file.stat().st_size != facts["bytes"]:
+                found.append(f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}")
+            elif sha256(file) != facts["sha256"]:
+                found.append(f"{name} has changed since it was written")
+        return found
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Store:
+    """The checkpoints of one run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, step: int) -> Path:
+        return self.root / f"{step:010d}"
+
+    def partial(self, step: int) -> Path:
+        return self.root / f".{step:010d}.partial"
+
+    def sentinel(self, step: int) -> Path:
+        """An empty file that tells programs outside (rsync, evaluation) that a checkpoint is whole."""
+        return self.root / f"checkpoint_{step:010d}.done"
+
+    def committed(self) -> list[Checkpoint]:
+        """All committed checkpoints, oldest first."""
+        if not self.root.is_dir():
+            return []
+        names = [path for path in self.root.iterdir() if path.name.isdigit() and (path / "meta.json").is_file()]
+        return [Checkpoint(path) for path in sorted(names, key=lambda path: int(path.name))]
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write a checkpoint to; invisible to readers."""
+        partial = self.partial(step)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return partial
+
+    def commit(self, step: int, meta: dict[str, Any]) -> Checkpoint:
+        """Make what was written under `begin(step)` the checkpoint of that step: meta.json, rename, sentinel."""
+        partial, final = self.partial(step), self.folder(step)
+        write_atomically(partial / "meta.json", json.dumps({"format": FORMAT, "step": step, **meta}, indent=2))
+        if final.exists():  # a damaged one that the run fell back from, and has now reached again
+            self._sweep(final)
+        partial.rename(final)
+        sync_folder(self.root)
+        self.sentinel(step).touch()
+        return Checkpoint(final)
+
+    def retain(self, keep: int | None) -> list[int]:
+        """Delete all but the newest `keep` checkpoints (None: keep all); returns the deleted steps."""
+        everything = self.committed()
+        doomed = everything[: -max(1, keep)] if keep is not None else []
+        for checkpoint in doomed:
+            self._sweep(checkpoint.path)
+        return [checkpoint.step for checkpoint in doomed]
+
+    def _sweep(self, folder: Path) -> None:
+        self.sentinel(int(folder.name)).unlink(missing_ok=True)
+        marked = self.root / f".{folder.name}.deleting"
+        folder.rename(marked)
+        shutil.rmtree(marked, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """At the start of an attempt: remove what a killed one left half-written or half-deleted, mend sentinels."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for path in self.root.iterdir():
+            if path.name.startswith(".") and path.name.endswith((".partial", ".deleting")):
+                shutil.rmtree(path, ignore_errors=True)
+        steps = {checkpoint.step for checkpoint in self.committed()}
+        for path in self.root.glob("checkpoint_*.done"):
+            if int(path.stem.removeprefix("checkpoint_")) not in steps:
+                path.unlink()
+        for step in steps:
+            self.sentinel(step).touch()
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint that a user means: a checkpoint folder, or the newest of a run folder.
+
+    Raises:
+        ConfigError: that says what there is instead.
+    """
+    if (path / "meta.json").is_file() and (path / "params.json").is_file():
+        return Checkpoint(path)
+    if path.name.startswith(".") or path.name.isdigit():
+        raise ConfigError(f"{path}: is no committed checkpoint (it has no meta.json). Choose another of {path.parent}")
+    committed = Store(path / "checkpoints").committed()
+    if not committed:
+        there = (
+            "has no committed checkpoint yet" if (path / "checkpoints").is_dir() else "is neither a run nor a checkpoint folder"
+        )
+        raise ConfigError(f"{path}: {there}")
+    return committed[-1]

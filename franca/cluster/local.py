@@ -1,0 +1,82 @@
+"""`franca launch` on this machine: one process per rank, signals passed on, exit codes kept.
+
+torchrun would turn exit code 75 into 1 and cut a save short on a second SIGTERM; ranks started here are the plain
+`franca train`, which works under torchrun and srun too.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from franca.core.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RESUMABLE, ConfigError
+
+KILL_AFTER_S = 30.0
+FORWARDED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+
+def main(path: Path, words: list[str], num_ranks: int) -> int:
+    """Run `franca train` on `num_ranks` processes here and wait for them. Returns the run's exit code."""
+    if num_ranks < 1:
+        raise ConfigError(f"--ranks: is {num_ranks}; it must be at least 1")
+    command = [sys.executable, "-m", "franca", "train", str(path), *words]
+    port = str(_free_port())
+    ranks = [subprocess.Popen(command, env=_environment(rank, num_ranks, port)) for rank in range(num_ranks)]
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in FORWARDED}
+    try:
+        return _wait(ranks)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment(rank: int, num_ranks: int, port: str) -> dict[str, str]:
+    if num_ranks == 1:
+        return dict(os.environ)
+    own = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    # Threads of ranks that share cores wait for each other: one each, unless the user says otherwise.
+    return {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ, **own}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; when one fails, the others cannot go on: end them, by force if need be."""
+    deadline = None
+    while any(process.poll() is None for process in ranks):
+        time.sleep(0.05)
+        failed = [process for process in ranks if process.poll() not in (None, EXIT_DONE, EXIT_RESUMABLE)]
+        if failed and deadline is None:
+            deadline = time.monotonic() + KILL_AFTER_S
+            for process in ranks:
+                if process.poll() is None:
+                    process.terminate()
+        if deadline is not None and time.monotonic() > deadline:
+            for process in ranks:
+                if process.poll() is None:
+                    process.kill()
+    codes = [process.returncode for process in ranks]
+    for code in (EXIT_CONFIG, EXIT_DONE, EXIT_RESUMABLE):
+        if all(c == code for c in codes) or (code == EXIT_CONFIG and code in codes):
+            return code
+    return next((128 - code if code < 0 else code) for code in codes if code not in (EXIT_DONE, EXIT_RESUMABLE))

@@ -1,0 +1,89 @@
+"""`franca plan`: the whole run before it starts, from the meta device, on a login node.
+
+It uses the same checks as training, so that what it lets through starts.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from franca.core.errors import ConfigError
+from franca.models.base import Model, count_parameters
+from franca.train.loop import RunConfig, read_config, resolve
+from franca.train.optim import STATE_BYTES_PER_PARAMETER
+
+
+def main(path: Path, words: list[str], num_ranks: int, as_json: bool) -> int:
+    """Print the plan. Returns 0, or 78 when the run cannot finish."""
+    result = plan(read_config(path, words), num_ranks)
+    print(json.dumps(result, indent=2) if as_json else render(result, str(path), num_ranks))
+    return 78 if result["problems"] else 0
+
+
+def plan(settings: RunConfig, num_ranks: int) -> dict[str, Any]:
+    """Every figure of the plan that can be had, and the problems that keep the run from finishing."""
+    try:
+        resolved = resolve(settings, num_ranks)
+    except ConfigError as error:
+        text = str(error)
+        lines = [line.strip() for line in text.splitlines()[1:]] if "\n" in text else [text]
+        return {"problems": lines}
+    config, timeline = resolved.config, resolved.timeline
+    with torch.device("meta"):
+        model = config.model.build()
+    contract: Model = model
+    counts = count_parameters(model)
+    clock = timeline.clock(resolved.total_steps)
+    flops_per_token = contract.flops_per_token(config.data.seq_len)
+    weights_bytes = 4 * counts["total"]
+    states_bytes = STATE_BYTES_PER_PARAMETER * counts["total"]
+    return {
+        "params": counts,
+        "steps": resolved.total_steps,
+        "samples": clock.samples,
+        "tokens": clock.tokens,
+        "epochs": clock.epochs,
+        "batch_ramp": [{"iteration": s.step, "samples": s.samples, "batch": s.batch_samples} for s in timeline.stages],
+        "flops": {"per_token": flops_per_token, "total": flops_per_token * clock.tokens},
+        "checkpoint": {"full_bytes": weights_bytes + states_bytes, "weights_bytes": weights_bytes},
+        # Parameters, gradients and two moments in fp32, all of them sharded over the ranks.
+        "memory": {"static_bytes_per_device": (2 * weights_bytes + states_bytes) // num_ranks},
+        "problems": [],
+    }
+
+
+def render(result: dict[str, Any], name: str, num_ranks: int) -> str:
+    """The plan for people."""
+    if result["problems"]:
+        return "\n".join([f"{name}: this run cannot finish:", *(f"  - {problem}" for problem in result["problems"])])
+    params = result["params"]
+    parts = ", ".join(f"{part} {count:,}" for part, count in params.items() if part not in ("total", "non_embedding"))
+    rows = [
+        ("parameters", f"{params['total']:,} ({params['non_embedding']:,} without embedding and head)"),
+        ("", parts),
+        ("steps", f"{result['steps']:,}"),
+        ("samples", f"{result['samples']:,}"),
+        ("tokens", f"{result['tokens']:,} ({result['epochs']:.3g} epochs)"),
+        ("FLOPs per token", f"{result['flops']['per_token']:.4g}"),
+        ("FLOPs", f"{result['flops']['total']:.4g}"),
+        (
+            "checkpoint",
+            f"{_size(result['checkpoint']['full_bytes'])}, weights alone {_size(result['checkpoint']['weights_bytes'])}",
+        ),
+        (
+            "static memory",
+            f"{_size(result['memory']['static_bytes_per_device'])} on each of {num_ranks} device(s), without activations",
+        ),
+        ("problems", "none found"),
+    ]
+    return "\n".join([f"{name}:", *(f"  {label:16} {value}" for label, value in rows)])
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"

@@ -1,0 +1,84 @@
+"""Lengths and cadences in any unit of one clock: "2000 steps", "5M samples", "260B tokens", "2 epochs", "20 min".
+
+A `Duration` is what a user writes; a `Clock` is where a run stands. Turning one unit into another needs the batch plan and
+lives in `schedule.Timeline`.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+from pydantic_core import core_schema
+
+Unit = Literal["steps", "samples", "tokens", "epochs", "seconds"]
+
+_PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_UNITS: dict[str, tuple[Unit, int]] = {
+    **dict.fromkeys(("step", "steps"), ("steps", 1)),
+    **dict.fromkeys(("sample", "samples"), ("samples", 1)),
+    **dict.fromkeys(("token", "tokens"), ("tokens", 1)),
+    **dict.fromkeys(("epoch", "epochs"), ("epochs", 1)),
+    **dict.fromkeys(("s", "sec", "second", "seconds"), ("seconds", 1)),
+    **dict.fromkeys(("min", "minute", "minutes"), ("seconds", 60)),
+    **dict.fromkeys(("h", "hour", "hours"), ("seconds", 3600)),
+    **dict.fromkeys(("d", "day", "days"), ("seconds", 86400)),
+}
+_PATTERN = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([kKMBGT]?)\s+([a-zA-Z]+)\s*|")
+_ALLOWED = "a number and a unit, for example '2000 steps', '5M samples', '260B tokens', '2 epochs', '20 min'"
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where a run stands: what was consumed so far. `seconds` is wall time since this attempt began."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    epochs: float = 0.0
+    seconds: float = 0.0
+
+    def read(self, unit: Unit) -> float:
+        return float(self.step if unit == "steps" else getattr(self, unit))
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """An amount of one unit of the clock. Durations of time are kept in seconds."""
+
+    value: int | float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: Any) -> "Duration":
+        """Raises ValueError that says what was given and what is allowed."""
+        if isinstance(text, Duration):
+            return text
+        match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+        if not match or not match[1]:
+            raise ValueError(f"{text!r} is not {_ALLOWED}")
+        number, prefix, name = match[1].replace("_", ""), match[2].lower(), match[3].lower()
+        if name not in _UNITS:
+            raise ValueError(f"{text!r}: {match[3]!r} is not a unit; expected {_ALLOWED}")
+        unit, factor = _UNITS[name]
+        exact = Fraction(number) * _PREFIXES[prefix] * factor
+        if unit in ("steps", "samples", "tokens") and exact.denominator != 1:
+            raise ValueError(f"{text!r} is not a whole number of {unit}")
+        return cls(int(exact) if exact.denominator == 1 else float(exact), unit)
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.unit}"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+        serializer = core_schema.plain_serializer_function_ser_schema(str)
+        return core_schema.no_info_plain_validator_function(cls.parse, serialization=serializer)
+
+
+def crossed(every: Duration, before: Clock, after: Clock) -> bool:
+    """Whether a multiple of `every` lies in (before, after]: the one rule of every cadence.
+
+    It needs no memory: after a resume the same multiples are crossed at the same steps.
+    """
+    return math.floor(after.read(every.unit) / every.value) > math.floor(before.read(every.unit) / every.value)

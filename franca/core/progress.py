@@ -1,0 +1,59 @@
+"""What a person sees of long work: a bar on a terminal, a plain line now and then in a log. Both go to stderr.
+
+What it refuses to know: what the work is; it is told in words.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    def __call__(self, done: float, text: str = "") -> None: ...
+
+
+def on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def clock_text(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+@contextmanager
+def progress(title: str, total: float, every_s: float = 10.0) -> Iterator[Progress]:
+    """Yield `show(done, text)`; `done` counts up to `total` in whatever unit the caller chose."""
+    if not on_terminal():
+        yield _lines(title, total, every_s)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    title_column, text_column = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+    columns = (title_column, BarColumn(), TaskProgressColumn(), text_column, TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total, text="")
+        yield lambda done, text="": bar.update(task, completed=done, text=text)
+
+
+def _lines(title: str, total: float, every_s: float) -> Progress:
+    begin = time.monotonic()
+    last = begin
+
+    def show(done: float, text: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < every_s and done < total:
+            return
+        last = now
+        left = (now - begin) * (total - done) / done if done else 0.0
+        eta = f"  {clock_text(left)} left" if done < total else f"  in {clock_text(now - begin)}"
+        print(f"{title}: {100 * done / total if total else 100:.0f}%  {text}{eta}", file=sys.stderr, flush=True)
+
+    return show

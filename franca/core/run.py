@@ -1,0 +1,170 @@
+"""The run folder: every path in it, atomic writes, append-only records, the code snapshot, the environment record.
+
+What it refuses to know: what the records mean. Files get the user's umask; a reader never sees half a file.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+
+def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], None]) -> None:
+    """Write a file so that `path` is either the old file or the whole new one, also after a crash or on a full disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line. A torn last line, left by a crash, is cut off first: it never was a record."""
+    line = orjson.dumps(dict(record), option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _cut_torn_line(file)
+        file.write(line)
+
+
+def _cut_torn_line(file: IO[bytes]) -> None:
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    file.seek(end - 1)
+    if file.read(1) == b"\n":
+        return
+    keep, position = 0, end
+    while position > 0 and not keep:
+        start = max(0, position - 65536)
+        file.seek(start)
+        keep = file.read(position - start).rfind(b"\n") + 1
+        keep, position = (start + keep if keep else 0), start
+    file.truncate(keep)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole JSON line of a record file, in order; a missing file has none, a torn last line is left out."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: is not a JSON record ({error}). Remove or mend that line.") from None
+
+
+def current_metrics(path: Path) -> list[dict[str, Any]]:
+    """The metric records that count: those that a later rollback superseded are left out, every step appears once."""
+    kept: list[dict[str, Any]] = []
+    for record in read_records(path):
+        if record.get("kind") == "rollback":
+            kept = [earlier for earlier in kept if earlier["step"] <= record["to_step"]]
+        else:
+            kept.append(record)
+    return kept
+
+
+class RunFolder:
+    """Every path in a run folder, and its log of logs (`events.jsonl`)."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self.base_config = self.root / "base_config.yaml"
+        self.config = self.root / "config.yaml"
+        self.code = self.root / "code"
+        self.environment = self.root / "environment.json"
+        self.log = self.root / "train.log"
+        self.metrics = self.root / "metrics.jsonl"
+        self.validation_metrics = self.root / "metrics.validation.jsonl"
+        self.events = self.root / "events.jsonl"
+        self.tensorboard = self.root / "tensorboard"
+        self.checkpoints = self.root / "checkpoints"
+
+    def create(self) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def event(self, kind: str, attempt: int, **facts: Any) -> None:
+        """Add a line to the log of logs. Times are seconds since the epoch (UTC)."""
+        append_record(self.events, {"time": time.time(), "event": kind, "attempt": attempt, **facts})
+
+    def next_attempt(self) -> int:
+        """The number of the attempt that starts now: 1 for the first."""
+        return 1 + max((record["attempt"] for record in read_records(self.events)), default=0)
+
+    def snapshot_code(self, package: Path) -> str:
+        """Copy the package's source into `code/<fingerprint>/` once, with the git commit and the uncommitted diff.
+
+        Returns the fingerprint of the sources, so that an attempt can name the code that it ran.
+        """
+        files = sorted(file for file in package.rglob("*") if file.suffix in (".py", ".j2") and file.is_file())
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes() + b"\0")
+        fingerprint = digest.hexdigest()[:12]
+        target = self.code / fingerprint
+        if target.exists():
+            return fingerprint
+        partial = self.code / f".{fingerprint}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        for file in files:
+            copy = partial / package.name / file.relative_to(package)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+        for name, words in (("git_commit.txt", ["rev-parse", "HEAD"]), ("git.diff", ["diff", "HEAD", "--", "."])):
+            output = _git(package, words)
+            if output:
+                (partial / name).write_text(output)
+        os.rename(partial, target)
+        return fingerprint
+
+    def write_environment(self, facts: Mapping[str, Any]) -> None:
+        """Record where this attempt runs. `facts` comes from an allow-list: the whole environment is never written."""
+        versions = {}
+        for name in ("torch", "numpy", "tokenizers", "safetensors", "transformers", "pydantic", "omegaconf"):
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        record = orjson.dumps({**facts, "packages": versions}, option=orjson.OPT_INDENT_2)
+        write_atomically(self.environment, record)
+
+
+def _git(folder: Path, words: list[str]) -> str:
+    """What git says about the package, or nothing where it is not under version control."""
+    try:
+        command = ["git", "-C", str(folder), *words]
+        tracked = subprocess.run([*command[:3], "ls-files", "__init__.py"], capture_output=True, text=True, timeout=30)
+        if tracked.returncode or not tracked.stdout:
+            return ""
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,0 +1,199 @@
+"""Token shards on disk: Megatron-LM's `.bin/.idx` bytes, and the dataset folder that holds them.
+
+The only file that knows these bytes. `.bin`: token ids back to back, little endian. `.idx`: magic, version, dtype code,
+counts, int32 lengths, int64 byte offsets, int64 document bounds. One sequence is one document. Opening a shard reads a
+few bytes of its index; tokens are read through a memory map.
+
+A dataset folder: `manifest.json` (written last: without it the folder is not a dataset), `tokenizer.json`,
+`train/<source>/NNNNN.{bin,idx}`, `validation/<source>/NNNNN.{bin,idx}`.
+"""
+
+import bisect
+import json
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from franca.core.errors import ConfigError
+from franca.core.run import write_atomically
+
+MAGIC = b"MMIDIDX\x00\x00"
+LEGACY_MAGIC = b"TNTIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
+DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where every id fits, int32 otherwise."""
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.int32)
+
+
+class Shard:
+    """One `.bin/.idx` pair, opened by its path without suffix.
+
+    Raises:
+        ConfigError: when a file is missing, is no index of this format, or is shorter than the index says.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        self.bin_path = prefix.with_name(prefix.name + ".bin")
+        self.idx_path = prefix.with_name(prefix.name + ".idx")
+        try:
+            bin_bytes = self.bin_path.stat().st_size
+            idx_bytes = self.idx_path.stat().st_size
+            with open(self.idx_path, "rb") as file:
+                header = file.read(HEADER.size)
+                self.dtype, self.num_documents = self._parse(header, idx_bytes)
+                tokens_end = self._last_end(file)
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}). Is the dataset whole?") from None
+        if tokens_end != bin_bytes:
+            raise ConfigError(
+                f"{self.bin_path}: has {bin_bytes} bytes, but its index says {tokens_end}: it is truncated or belongs to "
+                "another index. Prepare the dataset again or copy the file again."
+            )
+        self.num_tokens = bin_bytes // self.dtype.itemsize
+
+    def _parse(self, header: bytes, idx_bytes: int) -> tuple[np.dtype[Any], int]:
+        if header.startswith(LEGACY_MAGIC):
+            raise ConfigError(
+                f"{self.idx_path}: is in the legacy fairseq format (TNTIDX), which is not read. "
+                "Prepare the text again, or convert the file with Megatron-LM's --dataset-impl mmap."
+            )
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise ConfigError(f"{self.idx_path}: wrong magic {header[:9]!r}, expected {MAGIC!r}: is not a Megatron index")
+        _, version, code, num_sequences, num_bounds = HEADER.unpack(header)
+        if version != 1:
+            raise ConfigError(f"{self.idx_path}: index version {version} is not known; expected 1")
+        if code not in DTYPES:
+            raise ConfigError(f"{self.idx_path}: dtype code {code} holds no token ids; expected one of {sorted(DTYPES)}")
+        expected = HEADER.size + 12 * num_sequences + 8 * num_bounds
+        if idx_bytes != expected:
+            raise ConfigError(f"{self.idx_path}: has {idx_bytes} bytes, expected {expected}: it is truncated")
+        return np.dtype(DTYPES[code]), num_sequences
+
+    def _last_end(self, idx: IO[bytes]) -> int:
+        if self.num_documents == 0:
+            return 0
+        idx.seek(HEADER.size + 4 * (self.num_documents - 1))
+        (length,) = struct.unpack("<i", idx.read(4))
+        idx.seek(HEADER.size + 4 * self.num_documents + 8 * (self.num_documents - 1))
+        (offset,) = struct.unpack("<q", idx.read(8))
+        return int(offset) + int(length) * self.dtype.itemsize
+
+    @cached_property
+    def tokens(self) -> NDArray[Any]:
+        """All tokens, memory-mapped: (num_tokens,)."""
+        if self.num_tokens == 0:
+            return np.empty(0, self.dtype)
+        return np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+
+    @cached_property
+    def document_offsets(self) -> memoryview:
+        """The first byte of every document in the `.bin`, memory-mapped: (num_documents,).
+
+        A memoryview, since int64 at an odd offset would be copied whole by every numpy search.
+        """
+        with open(self.idx_path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = HEADER.size + 4 * self.num_documents
+        return memoryview(mapped)[start : start + 8 * self.num_documents].cast("q")
+
+    def read(self, start: int, count: int) -> NDArray[Any]:
+        """`count` tokens from token `start` on, without a copy: (count,)."""
+        return self.tokens[start : start + count]
+
+    def boundaries(self, start: int, count: int) -> list[int]:
+        """Where documents begin in [start, start + count), counted from `start`; empty documents repeat a position."""
+        size = self.dtype.itemsize
+        first = bisect.bisect_left(self.document_offsets, start * size)
+        last = bisect.bisect_left(self.document_offsets, (start + count) * size, lo=first)
+        return [offset // size - start for offset in self.document_offsets[first:last]]
+
+
+class ShardWriter:
+    """Writes one `.bin/.idx` pair. Nothing is visible under its name before `commit`; the index comes last."""
+
+    def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
+        self.shard_prefix, self.dtype = prefix, dtype
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self.bin_path = prefix.with_name(prefix.name + ".bin")
+        self.partial = prefix.with_name(prefix.name + ".bin.partial")
+        self.file = open(self.partial, "wb")  # noqa: SIM115 (closed by commit or abandon)
+        self.lengths: list[NDArray[np.int32]] = []
+        self.num_tokens = 0
+
+    def add(self, documents: list[NDArray[Any]]) -> None:
+        """Append documents, each an array of token ids (length,); empty ones are kept."""
+        if not documents:
+            return
+        tokens = np.concatenate(documents).astype(self.dtype, casting="unsafe")
+        self.file.write(tokens.tobytes())
+        self.lengths.append(np.fromiter(map(len, documents), np.int32, len(documents)))
+        self.num_tokens += len(tokens)
+
+    def commit(self) -> None:
+        """Make the pair visible. Raises OSError (disk full, for instance) with nothing visible."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        lengths = np.concatenate(self.lengths) if self.lengths else np.empty(0, np.int32)
+        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+        offsets = ends - lengths.astype(np.int64) * self.dtype.itemsize
+        header = HEADER.pack(MAGIC, 1, _CODES[self.dtype], len(lengths), len(lengths) + 1)
+        bounds = np.arange(len(lengths) + 1, dtype=np.int64)
+        self.partial.replace(self.bin_path)
+        index = header + lengths.tobytes() + offsets.tobytes() + bounds.tobytes()
+        write_atomically(self.shard_prefix.with_name(self.shard_prefix.name + ".idx"), index)
+
+    def abandon(self) -> None:
+        self.file.close()
+        self.partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared folder: what its manifest says, and its shards.
+
+    Raises:
+        ConfigError: when the folder is no finished dataset.
+    """
+
+    root: Path
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        path = self.root / "manifest.json"
+        if not self.root.is_dir():
+            raise ConfigError(f"{self.root}: no such dataset folder. Make one with: franca prepare <data.yaml>")
+        try:
+            return dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise ConfigError(f"{self.root}: has no manifest.json: it is no finished dataset. Run: franca prepare") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}: is not valid JSON ({error}). Prepare the dataset again.") from None
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.root / "tokenizer.json"
+
+    def shards(self, split: str, source: str) -> list[Shard]:
+        """The shards of one source in the manifest's order; split is `train` or `validation`."""
+        entry = self.manifest["sources"][source][split]
+        shards = [Shard(self.root / split / source / f"{number:05d}") for number in range(entry["shards"])]
+        found = sum(shard.num_tokens for shard in shards)
+        if found != entry["tokens"]:
+            raise ConfigError(
+                f"{self.root / split / source}: holds {found} tokens, but the manifest says {entry['tokens']}. "
+                "Prepare the dataset again."
+            )
+        return shards

@@ -1,0 +1,216 @@
+"""From a step and a rank to a batch of numbers. It has no state: the step says everything.
+
+What it refuses to know: devices, models, epochs, mixtures (those are the order's).
+"""
+
+import bisect
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from franca.core.config import config, problems_error
+from franca.core.schedule import Timeline
+from franca.data.indexed import Dataset, Shard
+from franca.data.order import Order, Source
+
+IGNORE = -100  # the target of a position that is not trained on
+
+Rows = NDArray[np.int64]
+
+
+@config
+class SourceConfig:
+    """One prepared dataset folder. `weight`: its share of the samples; leave it out everywhere to take all rows alike."""
+
+    path: str
+    weight: float | None = None
+    max_epochs: float = 1.0
+
+
+@config
+class DataConfig:
+    """What is trained on. `attention: document` keeps documents of one row from seeing each other."""
+
+    sources: tuple[SourceConfig, ...]
+    seq_len: int = 2048  # tokens per row
+    attention: Literal["causal", "document"] = "causal"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of numbers. B rows, T = seq_len positions; every array is (B, T) int64.
+
+    `targets_BT` is the next token, or IGNORE past the end of a source (and, with document attention, of a document).
+    `document_BT` numbers the documents of a row and `position_BT` counts within them; both None with causal attention.
+    """
+
+    tokens_BT: Rows
+    targets_BT: Rows
+    document_BT: Rows | None
+    position_BT: Rows | None
+
+    @property
+    def num_valid(self) -> int:
+        return int(np.count_nonzero(self.targets_BT != IGNORE))
+
+
+class Loader:
+    """Rows by number. `shards[s]` are the shards of the order's source s; samples from `stop` on are empty rows."""
+
+    def __init__(
+        self,
+        order: Order,
+        shards: Sequence[Sequence[Shard]],
+        timeline: Timeline,
+        stop: int,
+        attention: Literal["causal", "document"] = "causal",
+    ) -> None:
+        self.order, self.shards, self.timeline, self.stop = order, shards, timeline, stop
+        self.documents = attention == "document"
+        self._starts = [list(accumulate((s.num_tokens for s in group), initial=0)) for group in shards]
+
+    def batch(self, step: int, rank: int, size: int) -> Batch:
+        """Rank `rank` of `size`'s slice of the global batch of `step`."""
+        first, count = self.timeline.samples_before(step), self.timeline.batch_samples(step)
+        begin, end = first + count * rank // size, first + count * (rank + 1) // size
+        return self.rows(begin, end - begin)
+
+    def rows(self, first: int, count: int) -> Batch:
+        """The samples [first, first + count)."""
+        seq_len = self.order.seq_len
+        tokens, targets = np.zeros((count, seq_len), np.int64), np.full((count, seq_len), IGNORE, np.int64)
+        spans = self.order.spans(np.arange(first, max(first, min(first + count, self.stop))))
+        starts_BT = np.zeros((count, seq_len + 1), np.int64) if self.documents else None
+        places = zip(spans.sources.tolist(), spans.starts.tolist(), spans.counts.tolist(), strict=True)
+        for row, (source, start, length) in enumerate(places):
+            filled = 0
+            for shard, offset, part in self._parts(source, start, length):
+                view = shard.read(offset, part)
+                inputs = min(part, seq_len - filled)
+                tokens[row, filled : filled + inputs] = view[:inputs]
+                skip = 0 if filled else 1  # the first token of a row is nobody's target
+                targets[row, filled + skip - 1 : filled + part - 1] = view[skip:]
+                if starts_BT is not None:
+                    starts_BT[row, [filled + place for place in shard.boundaries(offset, part)]] = 1
+                filled += part
+        if starts_BT is None:
+            return Batch(tokens, targets, None, None)
+        targets[starts_BT[:, 1:] == 1] = IGNORE  # what follows a document is not the document's to predict
+        begins = starts_BT[:, :seq_len]
+        index = np.arange(seq_len)
+        return Batch(tokens, targets, begins.cumsum(axis=1), index - np.maximum.accumulate(begins * index, axis=1))
+
+    def _parts(self, source: int, start: int, length: int) -> Iterator[tuple[Shard, int, int]]:
+        """The pieces (shard, first token, tokens) of a stretch of a source."""
+        starts = self._starts[source]
+        number = bisect.bisect_right(starts, start) - 1
+        while length > 0:
+            part = min(length, starts[number + 1] - start)
+            if part:
+                yield self.shards[source][number], start - starts[number], part
+            start, length, number = start + part, length - part, number + 1
+
+    def ahead(self, steps: range, rank: int, size: int, depth: int = 2) -> Iterator[Batch]:
+        """The batches of `steps`, read up to `depth` steps ahead by a thread."""
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
+            pending: deque[Future[Batch]] = deque()
+            todo = iter(steps)
+            try:
+                while True:
+                    while len(pending) < depth and (step := next(todo, None)) is not None:
+                        pending.append(pool.submit(self.batch, step, rank, size))
+                    if not pending:
+                        return
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The training data, opened: datasets, the order over them, and the shards behind it."""
+
+    datasets: tuple[Dataset, ...]
+    order: Order
+    shards: tuple[tuple[Shard, ...], ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.datasets[0].manifest["tokenizer"]["vocab_size"])
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return str(self.datasets[0].manifest["tokenizer"]["sha256"])
+
+    @property
+    def fingerprint(self) -> str:
+        return self.order.fingerprint
+
+
+def open_plan(data: DataConfig) -> Plan:
+    """Open the datasets of a config. Reads manifests and a few bytes of every index, no tokens.
+
+    Raises:
+        ConfigError: with everything that is wrong with the datasets.
+    """
+    problems: list[str] = []
+    if not data.sources:
+        problems.append("data.sources: is empty; name at least one prepared dataset folder: sources: [{path: ...}]")
+    if data.seq_len < 1:
+        problems.append(f"data.seq_len: is {data.seq_len}; it must be at least 1 token")
+    weighted = [source.weight is not None for source in data.sources]
+    if any(weighted) and not all(weighted):
+        problems.append("data.sources: some sources have a weight and some have none; give all of them one, or none")
+    for number, entry in enumerate(data.sources):
+        if entry.weight is not None and not 0 < entry.weight < float("inf"):
+            problems.append(f"data.sources[{number}].weight: is {entry.weight:g}; it must be above 0")
+        if entry.max_epochs <= 0:
+            problems.append(f"data.sources[{number}].max_epochs: is {entry.max_epochs:g}; it must be above 0")
+    if problems:
+        raise problems_error("data", problems)
+    sources: list[Source] = []
+    shards: list[tuple[Shard, ...]] = []
+    datasets = tuple(Dataset(_expand(entry.path)) for entry in data.sources)
+    for entry, dataset in zip(data.sources, datasets, strict=True):
+        theirs, ours = dataset.manifest["tokenizer"]["sha256"], datasets[0].manifest["tokenizer"]["sha256"]
+        if theirs != ours:
+            raise problems_error("data.sources", [f"{dataset.root} and {datasets[0].root} were made with different tokenizers"])
+        group = [shard for name in dataset.manifest["sources"] for shard in dataset.shards("train", name)]
+        name = f"{dataset.root.name}#{len(sources)}"
+        sources.append(Source(name, tuple(s.num_tokens for s in group), entry.weight, entry.max_epochs))
+        shards.append(tuple(group))
+    try:
+        order = Order(sources, data.seq_len, data.seed)
+    except ValueError as error:
+        raise problems_error("data.sources", [str(error)]) from None
+    return Plan(datasets, order, tuple(shards))
+
+
+def validation_sets(plan: Plan, data: DataConfig) -> dict[str, tuple[Loader, dict[str, Any]]]:
+    """For every held-out source: a loader over its rows as they lie, and its manifest entry (tokens, bytes)."""
+    sets: dict[str, tuple[Loader, dict[str, Any]]] = {}
+    for dataset in plan.datasets:
+        for name, splits in dataset.manifest["sources"].items():
+            shards = dataset.shards("validation", name)
+            counts = tuple(shard.num_tokens for shard in shards)
+            if not sum(counts):
+                continue
+            order = Order([Source(name, counts)], data.seq_len, shuffle=False)
+            timeline = Timeline((), data.seq_len, order.epoch_samples)
+            label = name if name not in sets else f"{dataset.root.name}/{name}"
+            sets[label] = Loader(order, [shards], timeline, order.epoch_samples, data.attention), splits["validation"]
+    return sets
+
+
+def _expand(path: str) -> Any:
+    from pathlib import Path
+
+    return Path(path).expanduser()

@@ -1,0 +1,158 @@
+"""Documents out of files: plain text and JSON lines, plain or compressed (.gz, .zst).
+
+What it refuses to know: tokens. Every document knows the file and line that it came from, so that a message can name it.
+"""
+
+import glob
+import gzip
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal, cast
+
+import orjson
+
+from franca.core.config import config
+from franca.core.errors import ConfigError
+
+FIELDS = ("text", "content")
+
+
+@config
+class CorpusConfig:
+    """One corpus. `paths` are globs (`**` for any depth); `documents` says where plain text is cut into documents."""
+
+    paths: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+    format: Literal["auto", "text", "jsonl"] = "auto"
+    field: str | None = None  # of a JSON line; None: `text`, else `content`
+    documents: Literal["file", "paragraph", "line"] = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    text: str
+    place: str  # file, or file:line
+
+
+OnBad = Callable[[str], None]
+
+
+def list_files(name: str, corpus: CorpusConfig) -> list[Path]:
+    """The files of a corpus in sorted order.
+
+    Raises:
+        ConfigError: when a pattern matches nothing, or a file is empty.
+    """
+    excluded = {path for pattern in corpus.exclude for path in glob.glob(os.path.expanduser(pattern), recursive=True)}
+    files: set[str] = set()
+    for pattern in corpus.paths:
+        found = [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)]
+        if not found:
+            raise ConfigError(f"sources.{name}.paths: {pattern!r} matches no file. Is the path right, seen from {os.getcwd()}?")
+        files.update(path for path in found if path not in excluded)
+    if not files:
+        raise ConfigError(f"sources.{name}: `exclude` leaves no file of {', '.join(corpus.paths)}")
+    return [Path(path) for path in sorted(files)]
+
+
+def read_documents(path: Path, corpus: CorpusConfig, on_bad: OnBad) -> Iterator[Document]:
+    """The documents of one file. What cannot be read as a document goes to `on_bad(reason)`, which may raise."""
+    if path.stat().st_size == 0:
+        on_bad(f"{path}: is an empty file")
+        return
+    if _format(path, corpus) == "jsonl":
+        yield from _read_json_lines(path, corpus.field, on_bad)
+    else:
+        yield from _read_text(path, corpus.documents, on_bad)
+
+
+def _format(path: Path, corpus: CorpusConfig) -> str:
+    if corpus.format != "auto":
+        return corpus.format
+    suffixes = [suffix for suffix in path.suffixes[-2:] if suffix not in (".gz", ".zst")]
+    return "jsonl" if suffixes and suffixes[-1] in (".jsonl", ".ndjson", ".json") else "text"
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    if path.suffix == ".gz":
+        with gzip.open(path, "rb") as file:
+            yield cast(IO[bytes], file)
+    elif path.suffix == ".zst":
+        import zstandard
+
+        with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
+            yield io.BufferedReader(file)
+    else:
+        with open(path, "rb") as file:
+            yield file
+
+
+def _read_json_lines(path: Path, field: str | None, on_bad: OnBad) -> Iterator[Document]:
+    fields = FIELDS if field is None else (field,)
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    record = orjson.loads(line)
+                except orjson.JSONDecodeError as error:
+                    on_bad(f"{place}: is not JSON ({error})")
+                    continue
+                text = next((record[key] for key in fields if key in record), None) if isinstance(record, dict) else None
+                if isinstance(text, str):
+                    yield Document(text, place)
+                else:
+                    on_bad(f"{place}: has no text under {' or '.join(map(repr, fields))}")
+    except _unreadable() as error:
+        on_bad(f"{path}: cannot be read past line {number} ({error}): truncated or not compressed as its name says")
+
+
+def _read_text(path: Path, documents: str, on_bad: OnBad) -> Iterator[Document]:
+    try:
+        with _open(path) as file:
+            text = file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        on_bad(f"{path}: is not UTF-8 text (byte {error.start})")
+        return
+    except _unreadable() as error:
+        on_bad(f"{path}: cannot be read ({error})")
+        return
+    if documents == "file":
+        yield Document(text, str(path))
+    elif documents == "line":
+        yield from (Document(line, f"{path}:{n}") for n, line in enumerate(text.splitlines(keepends=True), 1) if line.strip())
+    else:
+        yield from _paragraphs(text, path)
+
+
+def _paragraphs(text: str, path: Path) -> Iterator[Document]:
+    """Stretches of lines between blank lines, the blank lines kept with the paragraph before them."""
+    begin, number, lines, blank = 1, 0, list[str](), False
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if line.strip() and blank and any(part.strip() for part in lines):
+            yield Document("".join(lines), f"{path}:{begin}")
+            lines, begin = [], number
+        lines.append(line)
+        blank = not line.strip()
+    if any(part.strip() for part in lines):
+        yield Document("".join(lines), f"{path}:{begin}")
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What the readers of files and of compressed streams raise for bytes that are not what they should be."""
+    import zlib
+
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+    try:
+        import zstandard
+    except ImportError:
+        return errors
+    return (*errors, zstandard.ZstdError)

@@ -1,0 +1,96 @@
+"""Tokens after tokens: batched generation with a cache. It knows the model's contract and nothing of families or text."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from franca.core.config import config
+
+
+@config
+class SamplingConfig:
+    """How the next token is drawn. `temperature: 0` takes the most likely one."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None  # only the k most likely tokens
+    top_p: float | None = None  # only the smallest set of tokens with this much probability (Holtzman et al. 2020)
+    seed: int = 0
+
+
+def problems(sampling: SamplingConfig) -> list[str]:
+    found = []
+    if sampling.max_new_tokens < 1:
+        found.append(f"max_new_tokens: is {sampling.max_new_tokens}; it must be at least 1")
+    if sampling.temperature < 0:
+        found.append(f"temperature: is {sampling.temperature:g}; it must not be negative")
+    if sampling.top_k is not None and sampling.top_k < 1:
+        found.append(f"top_k: is {sampling.top_k}; it must be at least 1")
+    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+        found.append(f"top_p: is {sampling.top_p:g}; it must be above 0 and at most 1")
+    return found
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    stop_token: int | None = None,
+    on_tokens: Callable[[list[int]], None] | None = None,
+) -> list[list[int]]:
+    """Continue every prompt (token ids, at least one each) by up to `max_new_tokens`, or until `stop_token`, which is left out.
+
+    `on_tokens` sees the newest token of every row as it comes.
+
+    Raises:
+        ValueError: when a prompt is empty or does not fit into the model's context with what is asked for.
+    """
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("every prompt needs at least one token")
+    if longest + sampling.max_new_tokens > model.config.max_seq_len:
+        raise ValueError(
+            f"{longest} prompt tokens and {sampling.max_new_tokens} new ones do not fit into the model's context of "
+            f"{model.config.max_seq_len}; shorten the prompt or lower max_new_tokens"
+        )
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    pads = [longest - len(prompt) for prompt in prompts]
+    tokens_BT = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)], device=device)
+    cache = model.new_cache(len(prompts), longest + sampling.max_new_tokens)
+    if any(pads):
+        cache.pads_B = torch.tensor(pads, device=device)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    for _ in range(sampling.max_new_tokens):
+        logits_BV = model.next_logits(tokens_BT, cache)
+        tokens_BT = choose(logits_BV.float(), sampling, generator)[:, None]
+        newest = tokens_BT[:, 0].tolist()
+        for row, token in enumerate(newest):
+            running[row] = running[row] and token != stop_token
+            if running[row]:
+                outputs[row].append(token)
+        if not any(running):
+            break
+        if on_tokens is not None:
+            on_tokens(newest)
+    return outputs
+
+
+def choose(logits_BV: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
+    """One token per row: (B,)."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
+        smallest = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest, -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, order = logits_BV.sort(dim=-1, descending=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
+        logits_BV = logits_BV.masked_fill(dropped, -torch.inf)
+    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)[:, 0]

@@ -1,0 +1,57 @@
+"""`franca sample`: text in, text out."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from franca.checkpoint.convert import open_model
+from franca.core.config import Precision, check, config, parse_words, problems_error
+from franca.core.errors import ConfigError
+from franca.infer.generate import SamplingConfig, generate, problems
+
+
+@config
+class SampleConfig:
+    """What is asked of a model."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    precision: Precision = "fp32"
+
+
+def complete(source: Path, prompts: list[str], settings: SampleConfig) -> list[str]:
+    """Continue each prompt with the model of a run, a checkpoint or a Hugging Face folder; returns the new text alone.
+
+    Raises:
+        ConfigError: when there is no model, or a prompt does not fit.
+    """
+    found = problems(settings.sampling)
+    if found:
+        raise problems_error("sampling", found)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, special = open_model(source, device, settings.precision)
+    head = [special["bos"]] if special.get("bos") is not None else []
+    # A model without a start token begins a text where the one before it ended.
+    start = head or ([special["eos"]] if special.get("eos") is not None else [])
+    ids = [[*(head if prompt else start), *tokenizer.encode([prompt])[0].tolist()] for prompt in prompts]
+    try:
+        outputs = generate(model, ids, settings.sampling, special.get("eos"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return [tokenizer.decode(output) for output in outputs]
+
+
+def main(source: Path, prompts: list[str], words: list[str]) -> None:
+    """Print each prompt with its continuation; without prompts, read one from standard input."""
+    if not prompts:
+        prompts = [sys.stdin.read()] if not sys.stdin.isatty() else [""]
+    settings = check(SampleConfig, _sections(parse_words(words)), "franca sample")
+    for number, (prompt, text) in enumerate(zip(prompts, complete(source, prompts, settings), strict=True)):
+        print(("" if number == 0 else "\n---\n") + prompt + text)
+
+
+def _sections(values: dict[str, object]) -> dict[str, object]:
+    """`temperature=0.8` is short for `sampling.temperature=0.8`."""
+    own = {key: value for key, value in values.items() if key in ("sampling", "precision")}
+    short = {key: value for key, value in values.items() if key not in own}
+    return {**own, "sampling": {**short, **own["sampling"]} if isinstance(own.get("sampling"), dict) else short}  # type: ignore[dict-item]

@@ -1,0 +1,126 @@
+"""The contract between a model and the rest of franca. A model is single-device code that knows nothing of meshes.
+
+Shape letters, here and in every model file: B rows, T positions of a row, S positions that can be attended to,
+D model width, H query heads, K key/value heads, E width of a head, F width of the MLP, V vocabulary.
+"""
+
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from franca.core.config import Choice
+
+IGNORE = -100  # the target of a position that is not trained on
+
+
+class Batch(NamedTuple):
+    """What a loss is computed from: int64 tensors (B, T) on the model's device; see `data.loader.Batch`."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    document_BT: Tensor | None = None
+    position_BT: Tensor | None = None
+
+
+class Cache(Protocol):
+    """What generation keeps between tokens; made by `Model.new_cache`, filled by `forward`."""
+
+    length: int  # positions seen so far
+
+
+class Model(Protocol):
+    """What the loop, the planner, generation and conversion use of a model (an `nn.Module`)."""
+
+    config: "ModelConfig"
+    layers: nn.ModuleList  # the unit of sharding, recomputation, compilation and probes
+    compute_dtype: torch.dtype  # of activations and matrix products; parameters keep theirs
+
+    def forward(
+        self, tokens_BT: Tensor, document_BT: Tensor | None = None, position_BT: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """Logits (B, T, V)."""
+
+    def next_logits(self, tokens_BT: Tensor, cache: Any) -> Tensor:
+        """Logits of the next position alone, (B, V); extends the cache."""
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Named sums over the valid tokens of the batch, as fp32 scalars; the loop divides by the global count."""
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Set every parameter and buffer, after `to_empty()`."""
+
+    def new_cache(self, batch: int, max_len: int) -> Any:
+        """An empty cache for `batch` rows of up to `max_len` positions."""
+
+    def flops_per_token(self, context: int) -> float:
+        """Floating-point operations of forward and backward for one token of a row of `context` tokens."""
+
+    def param_groups(self) -> dict[str, list[str]]:
+        """Parameter names by how the optimizer treats them: `decay` and `no_decay`."""
+
+    def tp_plan(self) -> dict[str, str]:
+        """How each module is split over a tensor-parallel axis: `colwise`, `rowwise`."""
+
+
+class ModelConfig(Choice):
+    """The open choice `model: {kind: ...}`; every family registers by subclassing it."""
+
+    vocab_size: int | None
+    max_seq_len: int
+    hf_names: ClassVar[dict[str, str]]  # our parameter name -> Hugging Face's; {} stands for the layer's number
+
+    def build(self) -> Any:
+        """The model (`Model`), on torch's current default device."""
+        raise NotImplementedError
+
+    def problems(self) -> list[str]:
+        """What is wrong with the shape, one line each; empty when it can be built."""
+        raise NotImplementedError
+
+
+def reset(model: nn.Module, generator: torch.Generator) -> None:
+    """Initialise every module that owns parameters or buffers, in the order of `modules()`: the one order of random draws."""
+    for module in model.modules():
+        if own_tensors(module):
+            typing.cast(Any, module).reset(generator)
+
+
+def own_tensors(module: nn.Module) -> bool:
+    """Whether the module itself, not a child of it, holds parameters or buffers."""
+    return bool(module._parameters or module._buffers)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: total, non_embedding (all but the input embedding and an untied head), and by part."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    total = sum(counts.values())
+    return {"total": total, "non_embedding": total - counts.get("embedding", 0) - counts.get("head", 0), **counts}
+
+
+def part_of(name: str) -> str:
+    """`layers.3.attention.query.weight` -> `attention`; `embedding.weight` -> `embedding`."""
+    pieces = name.split(".")
+    return pieces[2] if pieces[0] == "layers" else pieces[0]
+
+
+def expand_names(templates: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Our parameter names -> the other library's, from templates in which {} is the layer's number.
+
+    Raises:
+        ValueError: for a parameter that no template names.
+    """
+    result = {}
+    for name in names:
+        pieces = name.split(".")
+        number = pieces[1] if pieces[0] == "layers" else ""
+        key = ".".join(["layers", "{}", *pieces[2:]]) if number else name
+        if key not in templates:
+            raise ValueError(f"parameter {name!r} has no name in the other library; known: {', '.join(templates)}")
+        result[name] = templates[key].format(number)
+    return result

@@ -1,0 +1,93 @@
+"""The trunk every family shares: embedding -> blocks -> norm -> head. A family gives the block.
+
+Shape letters: see `models.base`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from franca.models.base import Batch, reset
+from franca.models.layers import Embedding, KVCache, Linear, RMSNorm, Rope, cross_entropy_sum, document_mask
+
+
+class Decoder(nn.Module):
+    """A causal language model. `config` is the family's; `block(config, number)` makes its layers."""
+
+    def __init__(self, config: Any, block: Callable[[Any, int], nn.Module]) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.embedding = Embedding(config.vocab_size, config.dim, config.init_std)
+        self.rope = Rope(config.width_of_head, config.max_seq_len, config.rope_theta, config.rope_scaling)
+        self.layers = nn.ModuleList(block(config, number) for number in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tied else Linear(config.dim, config.vocab_size, config.init_std)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        reset(self, generator)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        document_BT: Tensor | None = None,
+        position_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) in the compute dtype. With a cache, `tokens_BT` are the positions after those it holds."""
+        return F.linear(self._trunk(tokens_BT, document_BT, position_BT, cache), self._head_weight().to(self.compute_dtype))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """`nll`: the sum of the negative log-likelihoods of the valid targets, in nats."""
+        x_BTD = self._trunk(batch.tokens_BT, batch.document_BT, batch.position_BT, None)
+        return {"nll": cross_entropy_sum(x_BTD, self._head_weight(), batch.targets_BT)}
+
+    def next_logits(self, tokens_BT: Tensor, cache: KVCache) -> Tensor:
+        """Logits of the position after `tokens_BT` alone: (B, V). The cache is extended by `tokens_BT`."""
+        return F.linear(self._trunk(tokens_BT, None, None, cache)[:, -1], self._head_weight().to(self.compute_dtype))
+
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def _trunk(
+        self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x_BTD = self.embedding(tokens_BT).to(self.compute_dtype)
+        mask = document_mask(document_BT) if document_BT is not None else None
+        if cache is not None:
+            position_BT, mask = cache.place(tokens_BT.shape[1])
+        cos, sin = self.rope(tokens_BT.shape[1], position_BT, self.compute_dtype)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, cos, sin, mask, cache)
+        if cache is not None:
+            cache.advance(tokens_BT.shape[1])
+        return self.norm(x_BTD)
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        c = self.config
+        weight = self.embedding.weight
+        return KVCache(c.num_layers, batch, max_len, c.num_kv_heads or c.num_heads, c.width_of_head, weight, self.compute_dtype)
+
+    def flops_per_token(self, context: int) -> float:
+        """6 per weight of every matrix product, and attention's two products over half of the context (causal), times 3.
+
+        The input embedding is a look-up and counts nothing; the head counts, tied or not (Kaplan et al. 2020, table 1).
+        """
+        matrices = sum(p.numel() for name, p in self.layers.named_parameters() if p.ndim == 2)
+        head = self.config.vocab_size * self.config.dim
+        attention = 2 * 2 * self.config.num_heads * self.config.width_of_head * (context + 1) / 2
+        return 6.0 * (matrices + head) + 3.0 * attention * self.config.num_layers
+
+    def param_groups(self) -> dict[str, list[str]]:
+        """Matrices and embeddings decay; gains and biases do not."""
+        groups: dict[str, list[str]] = {"decay": [], "no_decay": []}
+        for name, parameter in self.named_parameters():
+            groups["decay" if parameter.ndim >= 2 else "no_decay"].append(name)
+        return groups
+
+    def tp_plan(self) -> dict[str, str]:
+        plan = {f"layers.*.{name}": style for name, style in self.config.tp_styles.items()}
+        return {"embedding": "rowwise", **plan, **({} if self.head is None else {"head": "colwise"})}

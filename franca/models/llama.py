@@ -1,0 +1,139 @@
+"""Llama and its kin (Touvron et al. 2023; Llama 3.1; Qwen 3 with `qk_norm`). Shape letters: see `models.base`."""
+
+import math
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from franca.core.config import config
+from franca.models.base import ModelConfig
+from franca.models.decoder import Decoder
+from franca.models.layers import KVCache, Linear, RMSNorm, RopeScaling, attention, rotate
+
+
+@config
+class LlamaConfig(ModelConfig):
+    """RMSNorm, RoPE, grouped-query attention, SwiGLU. Widths in numbers of features."""
+
+    kind: Literal["llama"] = "llama"
+    vocab_size: int | None = None  # None: the tokenizer's
+    dim: int = 512
+    num_layers: int = 8
+    num_heads: int = 8
+    num_kv_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: dim / num_heads
+    mlp_dim: int | None = None  # None: 8/3 dim, rounded up to a multiple of 256
+    max_seq_len: int = 2048
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tied: bool = False  # the head is the embedding
+    qk_norm: bool = False  # RMSNorm of every query and key head before RoPE, as in Qwen 3
+    init_std: float = 0.02  # projections into the residual stream: divided by sqrt(2 num_layers)
+
+    hf_names: ClassVar[dict[str, str]] = {
+        "embedding.weight": "model.embed_tokens.weight",
+        "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+        "layers.{}.attention.query.weight": "model.layers.{}.self_attn.q_proj.weight",
+        "layers.{}.attention.key.weight": "model.layers.{}.self_attn.k_proj.weight",
+        "layers.{}.attention.value.weight": "model.layers.{}.self_attn.v_proj.weight",
+        "layers.{}.attention.output.weight": "model.layers.{}.self_attn.o_proj.weight",
+        "layers.{}.attention.query_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+        "layers.{}.attention.key_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
+        "layers.{}.mlp_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+        "layers.{}.mlp.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
+        "layers.{}.mlp.up.weight": "model.layers.{}.mlp.up_proj.weight",
+        "layers.{}.mlp.down.weight": "model.layers.{}.mlp.down_proj.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    }
+    tp_styles: ClassVar[dict[str, str]] = {
+        "attention.query": "colwise",
+        "attention.key": "colwise",
+        "attention.value": "colwise",
+        "attention.output": "rowwise",
+        "mlp.gate": "colwise",
+        "mlp.up": "colwise",
+        "mlp.down": "rowwise",
+    }
+
+    @property
+    def width_of_head(self) -> int:
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def width_of_mlp(self) -> int:
+        return self.mlp_dim or 256 * math.ceil(8 * self.dim / 3 / 256)
+
+    def build(self) -> Decoder:
+        return Decoder(self, Block)
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("dim", "num_layers", "num_heads", "max_seq_len"):
+            if getattr(self, name) < 1:
+                found.append(f"model.{name}: is {getattr(self, name)}; it must be at least 1")
+        if found:
+            return found
+        if self.head_dim is None and self.dim % self.num_heads:
+            found.append(f"model: dim {self.dim} does not divide into {self.num_heads} heads; change one or give head_dim")
+        elif self.width_of_head % 2:
+            found.append(f"model: heads are {self.width_of_head} wide; RoPE turns pairs, so the width must be even")
+        kv = self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
+        if kv < 1 or self.num_heads % kv:
+            found.append(f"model.num_kv_heads: is {kv}; {self.num_heads} query heads must divide into groups of it")
+        return found
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023)."""
+
+    def __init__(self, c: LlamaConfig, number: int) -> None:
+        super().__init__()
+        self.number, self.head_dim = number, c.width_of_head
+        heads, kv_heads = c.num_heads, c.num_kv_heads or c.num_heads
+        self.query = Linear(c.dim, heads * self.head_dim, c.init_std)
+        self.key = Linear(c.dim, kv_heads * self.head_dim, c.init_std)
+        self.value = Linear(c.dim, kv_heads * self.head_dim, c.init_std)
+        self.output = Linear(heads * self.head_dim, c.dim, c.init_std / math.sqrt(2 * c.num_layers))
+        self.query_norm = RMSNorm(self.head_dim, c.norm_eps) if c.qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        q, k, v = (part(x_BTD).unflatten(-1, (-1, self.head_dim)) for part in (self.query, self.key, self.value))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.number, k, v)
+        causal = mask is None and q.shape[1] > 1
+        return self.output(attention(q, k, v, mask, causal).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c: LlamaConfig) -> None:
+        super().__init__()
+        self.gate = Linear(c.dim, c.width_of_mlp, c.init_std)
+        self.up = Linear(c.dim, c.width_of_mlp, c.init_std)
+        self.down = Linear(c.width_of_mlp, c.dim, c.init_std / math.sqrt(2 * c.num_layers))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, c: LlamaConfig, number: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attention = Attention(c, number)
+        self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, mask, cache)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))

@@ -1,0 +1,105 @@
+"""Numbers of a run to where people look: a progress line, `train.log`, `metrics.jsonl`, TensorBoard.
+
+What it refuses to know: devices and ranks. It is given plain numbers, on one rank, on log steps only. A sink that fails
+says so once and never stops the training.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from franca.core.config import config
+from franca.core.errors import ConfigError
+from franca.core.progress import Progress, clock_text, on_terminal, progress
+from franca.core.run import RunFolder, append_record, current_metrics
+
+Sink = Literal["console", "jsonl", "tensorboard"]
+
+# Facts of the clock and the machine: they differ between two runs that compute the same.
+TIMING = frozenset({"time", "attempt", "tokens_per_s", "step_s"})
+
+
+@config
+class MetricsConfig:
+    sinks: tuple[Sink, ...] = ("console", "jsonl")
+
+
+class Metrics:
+    """The sinks of one attempt. Use as a context manager."""
+
+    def __init__(self, settings: MetricsConfig, folder: RunFolder, attempt: int, total_steps: int) -> None:
+        self.settings, self.folder, self.attempt, self.total_steps = settings, folder, attempt, total_steps
+        self.stack = ExitStack()
+        self.failed: set[str] = set()
+        self.show: Progress | None = None
+        self.writer: Any = None
+
+    def __enter__(self) -> "Metrics":
+        if "console" in self.settings.sinks:
+            self.show = self.stack.enter_context(progress("train", self.total_steps, every_s=0.0))
+        if "tensorboard" in self.settings.sinks:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ConfigError("metrics.sinks: tensorboard is not installed; run: pip install 'franca[track]'") from None
+            self.writer = SummaryWriter(str(self.folder.tensorboard))
+            self.stack.callback(self.writer.close)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def roll_back(self, step: int) -> None:
+        """Mark the records after `step` as superseded: the run begins again from there. Nothing is rewritten."""
+        for path in (self.folder.metrics, self.folder.validation_metrics):
+            if any(record["step"] > step for record in current_metrics(path)):
+                append_record(path, {"kind": "rollback", "to_step": step, "attempt": self.attempt})
+
+    def train(self, record: Mapping[str, Any]) -> None:
+        """One step: step, samples, tokens, loss terms, lr, grad_norm, tokens_per_s."""
+        self._write(self.folder.metrics, {"kind": "train", **record}, prefix="train/")
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """One held-out set at one step: set, loss, perplexity, bits_per_byte."""
+        self._write(self.folder.validation_metrics, {"kind": "validation", **record}, prefix=f"validation/{record['set']}/")
+
+    def progress(self, record: Mapping[str, Any], eta_s: float) -> None:
+        """The one line a person reads."""
+        step = record["step"]
+        text = (
+            f"step {step}/{self.total_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tokens/s"
+        )
+        self._guard("train.log", lambda: self._log(f"{text}  {clock_text(eta_s)} left"))
+        if self.show is not None:
+            self.show(step, text)
+
+    def say(self, text: str) -> None:
+        """A sentence about the run: to the log, and to the console."""
+        self._guard("train.log", lambda: self._log(text))
+        if "console" in self.settings.sinks or not on_terminal():
+            print(text, file=sys.stderr, flush=True)
+
+    def _log(self, text: str) -> None:
+        with open(self.folder.log, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def _write(self, path: Path, record: dict[str, Any], prefix: str) -> None:
+        record["attempt"] = self.attempt
+        if "jsonl" in self.settings.sinks:
+            self._guard(path.name, lambda: append_record(path, record))
+        if self.writer is not None:
+            scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "attempt", "time")}
+            self._guard(
+                "tensorboard", lambda: [self.writer.add_scalar(prefix + k, v, record["step"]) for k, v in scalars.items()]
+            )
+
+    def _guard(self, sink: str, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if sink not in self.failed:
+                self.failed.add(sink)
+                print(f"warning: {sink} cannot be written ({error}); training goes on without it", file=sys.stderr, flush=True)

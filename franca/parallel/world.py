@@ -1,0 +1,136 @@
+"""Who and where this process is, and how all processes agree. The environment is read here (and in `cluster/`) only.
+
+One process needs no launcher and no process group. Several are started by `franca launch`, torchrun or srun.
+"""
+
+import os
+import platform
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from franca.core.errors import ConfigError
+
+# What may be written to `environment.json`: settings that change a run, nothing that could hold a secret.
+RECORDED = (
+    "CUDA_VISIBLE_DEVICES",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "OMP_NUM_THREADS",
+    "RANK",
+    "SLURMD_NODENAME",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NAME",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_PARTITION",
+    "SLURM_NNODES",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+    "SLURM_RESTART_COUNT",
+    "WORLD_SIZE",
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`; `local_rank` of them on this machine. Each uses one device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """The sums over all ranks of numbers on the host: no device waits. Every rank must call it, in the same order."""
+        if self.size == 1:
+            return [float(number) for number in numbers]
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather_sum(self, values: Tensor) -> Tensor:
+        """The elementwise sum over all ranks in the order of ranks: the same bits however many values go together."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values)
+        return torch.stack(parts).sum(dim=0)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's plain value, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's plain value, on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        self.sum([0.0])
+
+
+def start(timeout_s: float = 600.0) -> World:
+    """Find this process's place and, with several processes, join the process group (gloo; NCCL beside it on GPUs).
+
+    Raises:
+        ConfigError: when the launcher's variables are incomplete.
+    """
+    rank, size, local_rank = _place(os.environ)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    return World(rank, size, local_rank, device)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = [environment.get(name) for name in names]
+    if all(value is None for value in given):
+        return 0, 1, 0
+    try:
+        rank, size, local_rank = (int(value) for value in given if value is not None)
+    except ValueError:
+        shown = ", ".join(f"{name}={value}" for name, value in zip(names, given, strict=True))
+        raise ConfigError(f"the launcher's variables are incomplete: {shown}. Start with: franca launch, or torchrun") from None
+    return rank, size, local_rank
+
+
+def environment(world: World) -> dict[str, Any]:
+    """What `environment.json` records of this process: the allow-listed variables, the host, the device."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "cpu"
+    return {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "device": device,
+        "world_size": world.size,
+        "threads": torch.get_num_threads(),
+        "variables": {name: os.environ[name] for name in RECORDED if name in os.environ},
+    }

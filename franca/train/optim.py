@@ -1,0 +1,100 @@
+"""The optimizer: AdamW over the model's own groups, its learning rate set from the clock before every step."""
+
+import torch
+from torch import Tensor, nn
+
+from franca.core.config import config
+from franca.core.duration import Duration
+from franca.core.schedule import Decay, Timeline, learning_rate
+from franca.models.base import Model
+
+
+@config
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter 2019) with a learning-rate schedule on the clock."""
+
+    lr: float = 3e-4  # the peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices and embeddings; gains and biases have none
+    clip_norm: float = 1.0  # of the global gradient; 0: no clipping
+    warmup: Duration = Duration(100, "steps")
+    decay: Decay = "cosine"
+    decay_length: Duration | None = None  # from the start, warm-up included; None: the length of the run
+    final_lr_ratio: float = 0.1  # of the peak, at the end of the decay
+
+
+def problems(optim: OptimConfig, timeline: Timeline, length: Duration) -> list[str]:
+    """What is wrong with the section for a run of `length`."""
+    found = []
+    for name in ("lr", "eps"):
+        if not getattr(optim, name) > 0:
+            found.append(f"optim.{name}: is {getattr(optim, name):g}; it must be above 0")
+    for name in ("beta1", "beta2", "final_lr_ratio"):
+        if not 0 <= getattr(optim, name) <= 1:
+            found.append(f"optim.{name}: is {getattr(optim, name):g}; it must be between 0 and 1")
+    for name in ("weight_decay", "clip_norm"):
+        if getattr(optim, name) < 0:
+            found.append(f"optim.{name}: is {getattr(optim, name):g}; it must not be negative")
+    for name in ("warmup", "decay_length"):
+        duration = getattr(optim, name)
+        if duration is not None and duration.unit == "seconds":
+            found.append(
+                f"optim.{name}: is '{duration}'; give it in steps, samples, tokens or epochs, so that a resume repeats it"
+            )
+    if found:
+        return found
+    end = optim.decay_length or length
+    if optim.decay != "constant" and timeline.measure(optim.warmup, "samples") >= timeline.measure(end, "samples"):
+        found.append(f"optim.warmup: '{optim.warmup}' is not shorter than the decay's end ('{end}'); shorten it")
+    return found
+
+
+def lr_at(optim: OptimConfig, timeline: Timeline, length: Duration, step: int) -> float:
+    """The learning rate of `step`. The schedule runs in the unit that the warm-up is written in."""
+    unit = optim.warmup.unit
+    return learning_rate(
+        timeline.clock(step + 1).read(unit),
+        peak=optim.lr,
+        warmup=float(optim.warmup.value),
+        end=timeline.measure(optim.decay_length or length, unit),
+        decay=optim.decay,
+        final_ratio=optim.final_lr_ratio,
+    )
+
+
+def build(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over the groups that the model names, with its state in place (zeros), ready to be loaded into."""
+    contract: Model = model  # type: ignore[assignment]
+    parameters = dict(model.named_parameters())
+    groups = [
+        {"params": [parameters[name] for name in names], "weight_decay": optim.weight_decay if group == "decay" else 0.0}
+        for group, names in contract.param_groups().items()
+        if names
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state, `optimizer.<parameter>.<key>`. Rates and the like come from the config, never from a file."""
+    return {
+        f"optimizer.{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+STATE_BYTES_PER_PARAMETER = 8  # two fp32 moments
