@@ -11,7 +11,7 @@ from franca.checkpoint import sharded
 from franca.checkpoint.store import Checkpoint, Store, find
 from franca.core.config import Precision, check, to_dict
 from franca.core.errors import ConfigError
-from franca.core.run import sync_folder
+from franca.core.run import sync_folder, write_atomically
 from franca.data.tokenizer import Tokenizer
 from franca.models import hf
 from franca.models.base import ModelConfig
@@ -29,8 +29,8 @@ def params(model: ModelConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
 
 def write_params(folder: Path, values: dict[str, Any], tokenizer: Path) -> None:
     """A checkpoint is complete in itself: the model's shape and the tokenizer lie beside the weights."""
-    (folder / "params.json").write_text(json.dumps(values, indent=2))
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    write_atomically(folder / "params.json", json.dumps(values, indent=2))
+    write_atomically(folder / "tokenizer.json", tokenizer.read_bytes())
 
 
 def model_config(checkpoint: Checkpoint) -> ModelConfig:

@@ -58,6 +58,7 @@ class CheckpointConfig:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # what Python 3.13 calls it, and no other
         if (module, name) not in _ALLOWED:
             raise ConfigError(f"the checkpoint's index names {module}.{name}, which is no part of a checkpoint: not loaded")
         return super().find_class(module, name)
@@ -70,7 +71,9 @@ class Reader(FileSystemReader):
         try:
             with open(Path(self.path) / ".metadata", "rb") as file:
                 metadata = _Unpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # a broken pickle raises nearly anything
             raise ConfigError(f"{self.path}/.metadata: cannot be read ({error})") from None
         if not isinstance(metadata, Metadata):
             raise ConfigError(f"{self.path}/.metadata: holds a {type(metadata).__name__}, no checkpoint index")

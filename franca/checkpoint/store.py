@@ -37,8 +37,8 @@ class Checkpoint:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            values = dict(json.loads((self.path / name).read_text()))
-        except (OSError, ValueError) as error:
+            values = dict(json.loads((self.path / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{self.path / name}: cannot be read ({error}). Is this a committed checkpoint?") from None
         if name == "meta.json" and values.get("format") != FORMAT:
             raise ConfigError(f"{self.path}: has checkpoint format {values.get('format')!r}; this franca reads {FORMAT}")
@@ -47,9 +47,12 @@ class Checkpoint:
     def damage(self, part: int = 0, parts: int = 1) -> list[str]:
         """What differs from `meta.json`: a missing file, a size, a hash. Checks every `parts`-th file from `part` on."""
         try:
-            files = sorted(self.meta["files"].items())
+            meta = self.meta
         except ConfigError as error:
             return [str(error)]
+        if meta.get("checksum") != _checksum(meta):
+            return ["meta.json has changed since it was written"]
+        files = sorted(meta["files"].items())
         found = []
         for name, facts in files[part::parts]:
             file = self.path / name
@@ -65,6 +68,12 @@ class Checkpoint:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(meta: dict[str, Any]) -> str:
+    """Of everything else that `meta.json` says."""
+    rest = {name: value for name, value in meta.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
@@ -87,7 +96,7 @@ class Store:
         """All committed checkpoints, oldest first."""
         if not self.root.is_dir():
             return []
-        names = [path for path in self.root.iterdir() if path.name.isdigit() and (path / "meta.json").is_file()]
+        names = [path for path in self.root.iterdir() if path.name.isdecimal() and (path / "meta.json").is_file()]
         return [Checkpoint(path) for path in sorted(names, key=lambda path: int(path.name))]
 
     def begin(self, step: int) -> Path:
@@ -98,14 +107,21 @@ class Store:
         return partial
 
     def commit(self, step: int, meta: dict[str, Any]) -> Checkpoint:
-        """Make what was written under `begin(step)` the checkpoint of that step: meta.json, rename, sentinel."""
+        """Make what was written under `begin(step)` the checkpoint of that step: meta.json, rename, sentinel.
+
+        Checkpoints of later steps go: the run fell back from them because they are damaged, and they would pass for the newest.
+        """
         partial, final = self.partial(step), self.folder(step)
-        write_atomically(partial / "meta.json", json.dumps({"format": FORMAT, "step": step, **meta}, indent=2))
+        values = {"format": FORMAT, "step": step, **meta}
+        write_atomically(partial / "meta.json", json.dumps({**values, "checksum": _checksum(values)}, indent=2))
         if final.exists():  # a damaged one that the run fell back from, and has now reached again
             self._sweep(final)
         partial.rename(final)
         sync_folder(self.root)
         self.sentinel(step).touch()
+        for checkpoint in self.committed():
+            if checkpoint.step > step:
+                self._sweep(checkpoint.path)
         return Checkpoint(final)
 
     def retain(self, keep: int | None) -> list[int]:
@@ -130,7 +146,8 @@ class Store:
                 shutil.rmtree(path, ignore_errors=True)
         steps = {checkpoint.step for checkpoint in self.committed()}
         for path in self.root.glob("checkpoint_*.done"):
-            if int(path.stem.removeprefix("checkpoint_")) not in steps:
+            number = path.stem.removeprefix("checkpoint_")
+            if number.isdecimal() and int(number) not in steps:
                 path.unlink()
         for step in steps:
             self.sentinel(step).touch()
@@ -144,7 +161,7 @@ def find(path: Path) -> Checkpoint:
     """
     if (path / "meta.json").is_file() and (path / "params.json").is_file():
         return Checkpoint(path)
-    if path.name.startswith(".") or path.name.isdigit():
+    if (path.name.startswith(".") or path.name.isdecimal()) and not (path / "checkpoints").is_dir():
         raise ConfigError(f"{path}: is no committed checkpoint (it has no meta.json). Choose another of {path.parent}")
     committed = Store(path / "checkpoints").committed()
     if not committed:

@@ -81,4 +81,9 @@ def crossed(every: Duration, before: Clock, after: Clock) -> bool:
 
     It needs no memory: after a resume the same multiples are crossed at the same steps.
     """
-    return math.floor(after.read(every.unit) / every.value) > math.floor(before.read(every.unit) / every.value)
+    return _multiples(every, after) > _multiples(every, before)
+
+
+def _multiples(every: Duration, clock: Clock) -> int:
+    """Multiples of `every` passed so far; the hair on top is for fractions of an epoch: 0.3 / 0.1 is 2.9999999999999996."""
+    return math.floor(clock.read(every.unit) / every.value * (1 + 1e-15))

@@ -6,6 +6,7 @@ Nothing here has state, so a resumed run computes the same numbers as an uninter
 import bisect
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from franca.core.config import config
@@ -103,7 +104,7 @@ class Timeline:
         if duration.unit == "tokens":
             return int(duration.value) // self.seq_len
         if duration.unit == "epochs":
-            return math.ceil(duration.value * self.epoch_samples)
+            return math.ceil(Fraction(str(duration.value)) * self.epoch_samples)  # 1.1 epochs of 100 rows are 110, not 111
         if duration.unit == "samples":
             return int(duration.value)
         raise ValueError(f"'{duration}' is wall time; a length in steps, samples, tokens or epochs is needed here")

@@ -69,8 +69,10 @@ class Shard:
                 f"{self.idx_path}: is in the legacy fairseq format (TNTIDX), which is not read. "
                 "Prepare the text again, or convert the file with Megatron-LM's --dataset-impl mmap."
             )
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
+        if not MAGIC.startswith(header[: len(MAGIC)]):
             raise ConfigError(f"{self.idx_path}: wrong magic {header[:9]!r}, expected {MAGIC!r}: is not a Megatron index")
+        if len(header) < HEADER.size:
+            raise ConfigError(f"{self.idx_path}: has {idx_bytes} bytes, not even a header of {HEADER.size}: it is truncated")
         _, version, code, num_sequences, num_bounds = HEADER.unpack(header)
         if version != 1:
             raise ConfigError(f"{self.idx_path}: index version {version} is not known; expected 1")

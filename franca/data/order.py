@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-_ROUNDS = 6
 _MIX1, _MIX2, _GOLDEN = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
+_ROUND_KEYS = [np.uint64(number * 0x9E3779B97F4A7C15 % 2**64) for number in range(6)]
 
 
 def _hash64(values: Words) -> Words:
@@ -53,12 +54,12 @@ def permute(indices: Indices, size: int | Indices | Words, key: np.uint64 | Word
 
 def _feistel(values: Words, bits: Words, key: Words) -> Words:
     """One pass over [0, 2^bits); an element's result depends on nothing but its own value, width and key."""
-    one = np.uint64(1)
+    one = np.ones_like(bits)
     low_bits = bits >> one
-    for round_number in range(_ROUNDS):
+    for round_key in _ROUND_KEYS:
         high_bits = bits - low_bits
         low, high = values & ((one << low_bits) - one), values >> low_bits
-        mixed = (high ^ _hash64(low + key + np.uint64(round_number * int(_GOLDEN) % 2**64))) & ((one << high_bits) - one)
+        mixed: Words = (high ^ _hash64(low + key + round_key)) & ((one << high_bits) - one)
         values = (low << high_bits) | mixed  # the halves change places, and so do their widths
         low_bits = high_bits
     return values
@@ -184,12 +185,12 @@ class Order:
         """One line for every stream that a run of `samples` samples would take more often than its max_epochs."""
         lines = []
         for name, needed, rows, limit in self.rows_needed(samples):
-            missing = needed - int(rows * limit)
+            missing = needed - int(rows * Fraction(str(limit)))  # as the user wrote it: 0.29 of 100 rows are 29, not 28
             if missing > 0:
                 lines.append(
                     f"data.sources: {name} has {rows:,} rows of {self.seq_len} tokens and max_epochs {limit:g}, but the run "
                     f"takes {needed:,} rows: {missing * self.seq_len:,} tokens are missing. Add data, raise max_epochs "
-                    f"(to {needed / rows:.3g}) or shorten the run."
+                    f"(to {-(-1000 * needed // rows) / 1000:.12g}) or shorten the run."
                 )
         return lines
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,6 +129,8 @@ def _check(settings: PrepareConfig) -> None:
         raise ConfigError(f"validation_share: is {settings.validation_share:g}; it must be at least 0 and below 1")
     if settings.tokenizer.path is None and settings.tokenizer.vocab_size < 257:
         raise ConfigError(f"tokenizer.vocab_size: is {settings.tokenizer.vocab_size}; 256 bytes and one special token need 257")
+    if settings.tokenizer.path is None and settings.tokenizer.train_bytes < 1:
+        raise ConfigError(f"tokenizer.train_bytes: is {settings.tokenizer.train_bytes}; it must be at least 1")
     if settings.shard_tokens < 1:
         raise ConfigError(f"shard_tokens: is {settings.shard_tokens}; it must be at least 1")
 
@@ -157,10 +160,11 @@ class _Work:
         wanted = self.settings.tokenizer
         if wanted.path is not None:
             return Tokenizer.load(Path(wanted.path).expanduser())
-        tokenizer = Tokenizer.train(self._training_texts(wanted.train_bytes), wanted.vocab_size)
-        if tokenizer.vocab_size < 257:
-            raise ConfigError("tokenizer: there is no training text to learn it from")
-        return tokenizer
+        texts = self._training_texts(wanted.train_bytes)
+        first = next(texts, None)
+        if first is None:
+            raise ConfigError("tokenizer: there is no training text to learn it from. Add documents or lower validation_share")
+        return Tokenizer.train(chain([first], texts), wanted.vocab_size)
 
     def _training_texts(self, limit_bytes: int) -> Iterator[str]:
         used, total = 0, sum(path.stat().st_size for paths in self.files.values() for path in paths)
@@ -170,9 +174,11 @@ class _Work:
                     for document in read_documents(path, self.settings.sources[name], self._refuse_or(lambda reason: None)):
                         if is_held_out(document.text, self.settings.validation_share):
                             continue
-                        used += len(document.text.encode())
-                        if used > limit_bytes:
+                        text = document.text.encode()
+                        if len(text) >= limit_bytes - used:  # one book may be longer than the limit: learn from its beginning
+                            yield text[: limit_bytes - used].decode(errors="ignore")
                             return
+                        used += len(text)
                         yield document.text
                     show(min(used, total))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, cast
+from typing import IO, Any, Literal, cast
 
 import orjson
 
@@ -45,7 +45,7 @@ def list_files(name: str, corpus: CorpusConfig) -> list[Path]:
     """The files of a corpus in sorted order.
 
     Raises:
-        ConfigError: when a pattern matches nothing, or a file is empty.
+        ConfigError: when a pattern matches nothing.
     """
     excluded = {path for pattern in corpus.exclude for path in glob.glob(os.path.expanduser(pattern), recursive=True)}
     files: set[str] = set()
@@ -83,13 +83,44 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         with gzip.open(path, "rb") as file:
             yield cast(IO[bytes], file)
     elif path.suffix == ".zst":
-        import zstandard
-
-        with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
-            yield io.BufferedReader(file)
+        with open(path, "rb") as raw, io.BufferedReader(_ZstdFrames(raw), 131072) as file:
+            yield file
     else:
         with open(path, "rb") as file:
             yield file
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The content of a .zst file, frame after frame.
+
+    zstandard's own reader takes a file that ends inside a frame for a short one; here it is an EOFError.
+    """
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        import zstandard
+
+        self._raw, self._new_frame = raw, zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._compressed = self._content = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            self._compressed = self._compressed or self._raw.read(131072)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a compressed frame")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._content = self._frame.decompress(self._compressed)
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._content))
+        buffer[:count], self._content = self._content[:count], self._content[count:]
+        return count
 
 
 def _read_json_lines(path: Path, field: str | None, on_bad: OnBad) -> Iterator[Document]:
@@ -128,15 +159,20 @@ def _read_text(path: Path, documents: str, on_bad: OnBad) -> Iterator[Document]:
     if documents == "file":
         yield Document(text, str(path))
     elif documents == "line":
-        yield from (Document(line, f"{path}:{n}") for n, line in enumerate(text.splitlines(keepends=True), 1) if line.strip())
+        yield from (Document(line, f"{path}:{n}") for n, line in enumerate(_lines(text), 1) if line.strip())
     else:
         yield from _paragraphs(text, path)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines as editors count them, ends kept. `splitlines` would also cut at form feeds and at U+2028."""
+    return io.StringIO(text)
 
 
 def _paragraphs(text: str, path: Path) -> Iterator[Document]:
     """Stretches of lines between blank lines, the blank lines kept with the paragraph before them."""
     begin, number, lines, blank = 1, 0, list[str](), False
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
+    for number, line in enumerate(_lines(text), 1):
         if line.strip() and blank and any(part.strip() for part in lines):
             yield Document("".join(lines), f"{path}:{begin}")
             lines, begin = [], number

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from franca.models.base import Batch, reset
-from franca.models.layers import Embedding, KVCache, Linear, RMSNorm, Rope, cross_entropy_sum, document_mask
+from franca.models.layers import Embedding, KVCache, Linear, RMSNorm, Rope, cross_entropy_sum, document_mask, multiply
 
 
 class Decoder(nn.Module):
@@ -38,7 +37,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in the compute dtype. With a cache, `tokens_BT` are the positions after those it holds."""
-        return F.linear(self._trunk(tokens_BT, document_BT, position_BT, cache), self._head_weight().to(self.compute_dtype))
+        return multiply(self._trunk(tokens_BT, document_BT, position_BT, cache), self._head_weight())
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """`nll`: the sum of the negative log-likelihoods of the valid targets, in nats."""
@@ -47,7 +46,7 @@ class Decoder(nn.Module):
 
     def next_logits(self, tokens_BT: Tensor, cache: KVCache) -> Tensor:
         """Logits of the position after `tokens_BT` alone: (B, V). The cache is extended by `tokens_BT`."""
-        return F.linear(self._trunk(tokens_BT, None, None, cache)[:, -1], self._head_weight().to(self.compute_dtype))
+        return multiply(self._trunk(tokens_BT, None, None, cache)[:, -1], self._head_weight())
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight

@@ -89,15 +89,17 @@ def from_hf_config(values: dict[str, Any], where: str) -> LlamaConfig:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ConfigError(f"{where}: rope_type {rope_type!r} cannot be imported; expected 'default' or 'llama3'")
-    scaling = None
-    if rope_type == "llama3":
-        scaling = RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_seq_len=int(rope["original_max_position_embeddings"]),
-        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 can be imported")
     try:
+        scaling = None
+        if rope_type == "llama3":
+            scaling = RopeScaling(
+                factor=float(rope["factor"]),
+                low_freq_factor=float(rope["low_freq_factor"]),
+                high_freq_factor=float(rope["high_freq_factor"]),
+                original_max_seq_len=int(rope["original_max_position_embeddings"]),
+            )
         return LlamaConfig(
             vocab_size=values["vocab_size"],
             dim=values["hidden_size"],

@@ -5,6 +5,9 @@ product is computed in the dtype of its input, so one model serves fp32, bf16, a
 """
 
 import math
+import platform
+from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +32,30 @@ class Linear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias.to(x.dtype) if self.bias is not None else None
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        y = multiply(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of x run: its own, but fp32 for bf16 on an x86 CPU without bf16 instructions.
+
+    There, products of numbers rounded to bf16 run in fp32 about 20 times faster than in bf16, and more exactly.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _cpu_has_bf16():
+        return torch.float32
+    return x.dtype
+
+
+@cache
+def _cpu_has_bf16() -> bool:
+    has = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return platform.machine() not in ("x86_64", "AMD64") or has is None or bool(has())
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in the dtype of x, (..., in) x (out, in) -> (..., out)."""
+    fast = product_dtype(x)
+    return F.linear(x.to(fast), weight.to(x.dtype).to(fast)).to(x.dtype)
 
 
 class Embedding(nn.Module):
@@ -94,12 +119,10 @@ class Rope(nn.Module):
         self.sin.copy_(angles.sin())
 
     def forward(self, length: int, position_BT: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for positions 0..length-1 or for `position_BT`: (T or B, T, 1, E/2)."""
-        table = (
-            [self.cos[:length], self.sin[:length]] if position_BT is None else [self.cos[position_BT], self.sin[position_BT]]
-        )
-        cos, sin = (part.unsqueeze(-2).to(dtype) for part in table)
-        return cos, sin
+        """Cosines and sines for positions 0..length-1 or for `position_BT`: (T, E/2) or (B, 1, T, E/2)."""
+        if position_BT is None:
+            return self.cos[:length].to(dtype), self.sin[:length].to(dtype)
+        return self.cos[position_BT].unsqueeze(1).to(dtype), self.sin[position_BT].unsqueeze(1).to(dtype)
 
 
 def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -114,18 +137,78 @@ def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where((wavelength <= low) & (wavelength >= high), blended, slow)
 
 
-def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + E/2) of every head by its position's angle."""
-    first, second = x_BTHE.chunk(2, dim=-1)
+    first, second = x_BHTE.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Softmax attention with H / K query heads per key head: (B, T, H, E). `mask`: bool (B, 1, T, S), True = may see."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BSKE, v_BSKE))
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-    return out.transpose(1, 2)
+def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Softmax attention with H / K query heads per key head: (B, H, T, E).
+
+    `mask`: bool, (B or 1, 1, T, S), True where a position may see another; None: with `causal` all before it, else all.
+    """
+    fast = product_dtype(q_BHTE)
+    q, k, v = (x.to(fast) for x in (q_BHTE, k_BKSE, v_BKSE))
+    causal = causal or (mask is not None and q.shape[2] == k.shape[2])
+    if causal and q.device.type == "cpu" and q.requires_grad and q.shape[2] <= _BlockedAttention.longest:
+        out = _blocked_attention(q, k, v, mask)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.to(q_BHTE.dtype)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, its loop would be unrolled: slow to compile, no faster
+def _blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return cast(Tensor, _BlockedAttention.apply(q, k.contiguous(), v.contiguous(), mask))
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Causal attention for training on a CPU: by blocks of queries, each with the keys that it may see and no others.
+
+    Keeps the probabilities for the backward pass: a third faster than PyTorch's flash kernel for CPUs up to `longest`
+    positions, with which its memory grows quadratically.
+    """
+
+    block, longest = 64, 1024
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        length, block, scale = q.shape[2], _BlockedAttention.block, q.shape[3] ** -0.5
+        future = torch.ones(block, block, dtype=torch.bool).triu(1)
+        out, kept = torch.empty_like(q), []
+        for i in range(0, length, block):
+            j = min(i + block, length)
+            scores = (q[:, :, i:j] * scale) @ k[:, :, :j].transpose(2, 3)
+            scores[..., i:].masked_fill_(future[: j - i, : j - i], -torch.inf)
+            if mask is not None:
+                scores.masked_fill_(~mask[:, :, i:j, :j], -torch.inf)
+            probabilities = scores.softmax(dim=-1)
+            out[:, :, i:j] = probabilities @ v[:, :, :j]
+            kept.append(probabilities)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        q, k, v, out, *kept = ctx.saved_tensors
+        scale = q.shape[3] ** -0.5
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for probabilities, i in zip(kept, range(0, q.shape[2], _BlockedAttention.block), strict=True):
+            j = i + probabilities.shape[2]
+            grad = grad_out[:, :, i:j]
+            grad_v[:, :, :j] += probabilities.transpose(2, 3) @ grad
+            grad_p = grad @ v[:, :, :j].transpose(2, 3)
+            inner = (grad * out[:, :, i:j]).sum(dim=-1, keepdim=True)  # sum of grad_p times p, at the price of one row
+            grad_scores = grad_p.sub_(inner).mul_(probabilities).mul_(scale)
+            grad_q[:, :, i:j] = grad_scores @ k[:, :, :j]
+            grad_k[:, :, :j] += grad_scores.transpose(2, 3) @ q[:, :, i:j]
+        return grad_q, grad_k, grad_v, None
 
 
 def document_mask(document_BT: Tensor) -> Tensor:
@@ -142,7 +225,7 @@ class KVCache:
     """
 
     def __init__(self, layers: int, batch: int, max_len: int, kv_heads: int, head_dim: int, like: Tensor, dtype: torch.dtype):
-        shape = (layers, batch, max_len, kv_heads, head_dim)
+        shape = (layers, batch, kv_heads, max_len, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=like.device)
         self.values = torch.zeros(shape, dtype=dtype, device=like.device)
         self.length, self.max_len = 0, max_len
@@ -162,23 +245,51 @@ class KVCache:
         mask_BTS = causal_TS & (real_BS[:, None] | (seen_S == slots_T[:, None]))
         return (slots_T - self.pads_B[:, None]).clamp(min=0), mask_BTS[:, None]
 
-    def extend(self, layer: int, k_BTKE: Tensor, v_BTKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of a layer; returns all keys and values so far, (B, S, K, E). `advance` follows."""
-        end = self.length + k_BTKE.shape[1]
-        self.keys[layer, :, self.length : end] = k_BTKE
-        self.values[layer, :, self.length : end] = v_BTKE
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+    def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new positions of a layer; returns all keys and values so far, (B, K, S, E). `advance` follows."""
+        end = self.length + k_BKTE.shape[2]
+        self.keys[layer, :, :, self.length : end] = k_BKTE
+        self.values[layer, :, :, self.length : end] = v_BKTE
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def advance(self, count: int) -> None:
         self.length += count
 
 
-def cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk_tokens: int = 4096) -> Tensor:
-    """Sum of -log softmax(x W^T)[target] over valid targets, fp32, in chunks of tokens so that logits stay small."""
-    x, targets = x_BTD.flatten(0, 1), targets_BT.flatten()
-    weight = head_VD.to(x.dtype)
-    total = x.new_zeros((), dtype=torch.float32)
-    for part, wanted in zip(x.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        logits = F.linear(part, weight).float()
-        total = total + F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum")
-    return total
+def cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> Tensor:
+    """Sum of -log softmax(x W^T)[target] over the valid targets, a scalar in fp32; holds at most `chunk` rows of logits."""
+    return _CrossEntropySum.apply(x_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), chunk, torch.is_grad_enabled())
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """The head's product and its cross-entropy in one: the gradient of a chunk of logits, softmax minus one-hot, is taken while
+    the chunk is there, so that nothing of size (tokens, V) is stored or computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int, with_gradient: bool) -> Tensor:
+        fast = product_dtype(x_ND)
+        weight = head_VD.to(x_ND.dtype).to(fast)
+        total = x_ND.new_zeros((), dtype=torch.float32)
+        grad_x, grad_head = torch.empty_like(x_ND), torch.zeros_like(head_VD, dtype=torch.float32)
+        for first in range(0, len(x_ND), chunk):
+            part = slice(first, first + chunk)
+            x, target = x_ND[part].to(fast), targets_N[part]
+            valid, index = (target != IGNORE)[:, None], target.clamp_min(0)[:, None]
+            logits = F.linear(x, weight).float()
+            top = logits.amax(dim=1, keepdim=True)
+            wanted = logits.gather(1, index)
+            exp = logits.sub_(top).exp_()  # in place: the logits are this function's own
+            denominator = exp.sum(dim=1, keepdim=True)
+            total += ((denominator.log() + top - wanted) * valid).sum()
+            if with_gradient:
+                grad = exp.mul_(valid / denominator).scatter_add_(1, index, -valid.float()).to(fast)
+                grad_x[part] = grad @ weight
+                grad_head += grad.t() @ x
+        ctx.save_for_backward(grad_x, grad_head.to(head_VD.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        grad_x, grad_head = ctx.saved_tensors
+        return grad_x * grad_total.to(grad_x.dtype), grad_head * grad_total.to(grad_head.dtype), None, None, None

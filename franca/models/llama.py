@@ -104,11 +104,11 @@ class Attention(nn.Module):
         q, k, v = (part(x_BTD).unflatten(-1, (-1, self.head_dim)) for part in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.number, k, v)
-        causal = mask is None and q.shape[1] > 1
-        return self.output(attention(q, k, v, mask, causal).flatten(-2))
+        out_BHTE = attention(q, k, v, mask, causal=mask is None and q.shape[2] > 1)
+        return self.output(out_BHTE.transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):
