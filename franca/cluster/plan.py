@@ -11,7 +11,7 @@ import torch
 
 from franca.core.errors import ConfigError
 from franca.models.base import Model, count_parameters
-from franca.train.loop import RunConfig, read_config, resolve
+from franca.train.config import RunConfig, read_config, resolve
 from franca.train.optim import STATE_BYTES_PER_PARAMETER
 
 

@@ -25,7 +25,7 @@ _UNITS: dict[str, tuple[Unit, int]] = {
     **dict.fromkeys(("h", "hour", "hours"), ("seconds", 3600)),
     **dict.fromkeys(("d", "day", "days"), ("seconds", 86400)),
 }
-_PATTERN = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([kKMBGT]?)\s+([a-zA-Z]+)\s*|")
+_PATTERN = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([kKMBGT]?)\s+([a-zA-Z]+)\s*")
 _ALLOWED = "a number and a unit, for example '2000 steps', '5M samples', '260B tokens', '2 epochs', '20 min'"
 
 
@@ -56,7 +56,7 @@ class Duration:
         if isinstance(text, Duration):
             return text
         match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
-        if not match or not match[1]:
+        if not match:
             raise ValueError(f"{text!r} is not {_ALLOWED}")
         number, prefix, name = match[1].replace("_", ""), match[2].lower(), match[3].lower()
         if name not in _UNITS:

@@ -10,11 +10,14 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import orjson
+
+from franca.core.errors import ConfigError
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], None]) -> None:
@@ -109,8 +112,25 @@ class RunFolder:
         self.tensorboard = self.root / "tensorboard"
         self.checkpoints = self.root / "checkpoints"
 
-    def create(self) -> None:
+    @contextmanager
+    def lock(self, wanted: bool) -> Iterator[None]:
+        """Make the folder and keep a second attempt out of it for as long as this one lives; only where `wanted`.
+
+        Raises:
+            ConfigError: when another attempt is at work.
+        """
+        if not wanted:
+            yield
+            return
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        with open(self.root / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self.root}: another process is training here. Wait for it, or use run=...") from None
+            except OSError:
+                pass  # some network file systems have no locks
+            yield
 
     def event(self, kind: str, attempt: int, **facts: Any) -> None:
         """Add a line to the log of logs. Times are seconds since the epoch (UTC)."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -60,6 +61,14 @@ class Batch:
     def num_valid(self) -> int:
         return int(np.count_nonzero(self.targets_BT != IGNORE))
 
+    def part(self, first: int, count: int) -> "Batch":
+        """The rows [first, first + count), as views."""
+        arrays = (self.tokens_BT, self.targets_BT, self.document_BT, self.position_BT)
+        tokens, targets, document, position = (a[first : first + count] if a is not None else None for a in arrays)
+        assert tokens is not None
+        assert targets is not None
+        return Batch(tokens, targets, document, position)
+
 
 class Loader:
     """Rows by number. `shards[s]` are the shards of the order's source s; samples from `stop` on are empty rows."""
@@ -85,27 +94,33 @@ class Loader:
     def rows(self, first: int, count: int) -> Batch:
         """The samples [first, first + count)."""
         seq_len = self.order.seq_len
-        tokens, targets = np.zeros((count, seq_len), np.int64), np.full((count, seq_len), IGNORE, np.int64)
+        rows = np.zeros((count, seq_len + 1), np.int64)
+        targets = rows[:, 1:]
         spans = self.order.spans(np.arange(first, max(first, min(first + count, self.stop))))
-        starts_BT = np.zeros((count, seq_len + 1), np.int64) if self.documents else None
+        begins: list[int] = []  # where documents begin, in the flattened rows
         places = zip(spans.sources.tolist(), spans.starts.tolist(), spans.counts.tolist(), strict=True)
         for row, (source, start, length) in enumerate(places):
             filled = 0
             for shard, offset, part in self._parts(source, start, length):
-                view = shard.read(offset, part)
-                inputs = min(part, seq_len - filled)
-                tokens[row, filled : filled + inputs] = view[:inputs]
-                skip = 0 if filled else 1  # the first token of a row is nobody's target
-                targets[row, filled + skip - 1 : filled + part - 1] = view[skip:]
-                if starts_BT is not None:
-                    starts_BT[row, [filled + place for place in shard.boundaries(offset, part)]] = 1
+                rows[row, filled : filled + part] = shard.read(offset, part)
+                if self.documents:
+                    base = row * (seq_len + 1) + filled
+                    begins += [base + place for place in shard.boundaries(offset, part)]
                 filled += part
-        if starts_BT is None:
+        tokens = rows[:, :seq_len].copy()
+        ends = np.zeros(count, np.int64)
+        ends[: len(spans.counts)] = spans.counts
+        for row in np.flatnonzero(ends <= seq_len):
+            targets[row, max(ends[row] - 1, 0) :] = IGNORE  # past the end of a source
+        if not self.documents:
             return Batch(tokens, targets, None, None)
-        targets[starts_BT[:, 1:] == 1] = IGNORE  # what follows a document is not the document's to predict
-        begins = starts_BT[:, :seq_len]
+        starts_BT = np.zeros((count, seq_len + 1), np.bool_)
+        starts_BT.reshape(-1)[begins] = True
+        targets[starts_BT[:, 1:]] = IGNORE  # what follows a document is not the document's to predict
+        begun_BT = starts_BT[:, :seq_len]
         index = np.arange(seq_len)
-        return Batch(tokens, targets, begins.cumsum(axis=1), index - np.maximum.accumulate(begins * index, axis=1))
+        last_begin = np.maximum.accumulate(np.where(begun_BT, index, 0), axis=1)
+        return Batch(tokens, targets, begun_BT.cumsum(axis=1), index - last_begin)
 
     def _parts(self, source: int, start: int, length: int) -> Iterator[tuple[Shard, int, int]]:
         """The pieces (shard, first token, tokens) of a stretch of a source."""
@@ -151,6 +166,16 @@ class Plan:
         return str(self.datasets[0].manifest["tokenizer"]["sha256"])
 
     @property
+    def tokenizer_path(self) -> Path:
+        return self.datasets[0].tokenizer_path
+
+    @property
+    def special_tokens(self) -> dict[str, int | None]:
+        """The `bos` and `eos` ids that the data was made with; None where it has none."""
+        entry = self.datasets[0].manifest["tokenizer"]
+        return {"bos": entry["bos"], "eos": entry["eos"]}
+
+    @property
     def fingerprint(self) -> str:
         return self.order.fingerprint
 
@@ -178,7 +203,7 @@ def open_plan(data: DataConfig) -> Plan:
         raise problems_error("data", problems)
     sources: list[Source] = []
     shards: list[tuple[Shard, ...]] = []
-    datasets = tuple(Dataset(_expand(entry.path)) for entry in data.sources)
+    datasets = tuple(Dataset(Path(entry.path).expanduser()) for entry in data.sources)
     for entry, dataset in zip(data.sources, datasets, strict=True):
         theirs, ours = dataset.manifest["tokenizer"]["sha256"], datasets[0].manifest["tokenizer"]["sha256"]
         if theirs != ours:
@@ -208,9 +233,3 @@ def validation_sets(plan: Plan, data: DataConfig) -> dict[str, tuple[Loader, dic
             label = name if name not in sets else f"{dataset.root.name}/{name}"
             sets[label] = Loader(order, [shards], timeline, order.epoch_samples, data.attention), splits["validation"]
     return sets
-
-
-def _expand(path: str) -> Any:
-    from pathlib import Path
-
-    return Path(path).expanduser()

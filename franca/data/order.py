@@ -1,8 +1,8 @@
 """The order of the data: a pure function from (plan, sample index) to the tokens of that sample.
 
 There is no state to save, so a resume on any number of ranks is the same code as a first start. Within a source a keyed
-Feistel permutation gives random order in O(1) memory; sources are mixed by cumulative rounding, so that after n samples
-each has had its share of n to within one sample, for ever. What it refuses to know: files, ranks, batches.
+Feistel permutation gives random order in O(1) memory; sources are mixed by cumulative rounding, so that at the end of every
+block of samples each has had its share to within one sample, for ever. What it refuses to know: files, ranks, batches.
 """
 
 import hashlib
@@ -56,12 +56,13 @@ def _feistel(values: Words, bits: Words, key: Words) -> Words:
     """One pass over [0, 2^bits); an element's result depends on nothing but its own value, width and key."""
     one = np.ones_like(bits)
     low_bits = bits >> one
+    high_bits = bits - low_bits
+    low_mask, high_mask = (one << low_bits) - one, (one << high_bits) - one
     for round_key in _ROUND_KEYS:
-        high_bits = bits - low_bits
-        low, high = values & ((one << low_bits) - one), values >> low_bits
-        mixed: Words = (high ^ _hash64(low + key + round_key)) & ((one << high_bits) - one)
-        values = (low << high_bits) | mixed  # the halves change places, and so do their widths
-        low_bits = high_bits
+        low, high = values & low_mask, values >> low_bits
+        values = (low << high_bits) | ((high ^ _hash64(low + key + round_key)) & high_mask)
+        # the halves change places, and so do their widths
+        low_bits, high_bits, low_mask, high_mask = high_bits, low_bits, high_mask, low_mask
     return values
 
 

@@ -199,12 +199,15 @@ class _Work:
         with progress("tokens", total) as show:
             for name, paths in self.files.items():
                 corpus = _CorpusWriter(root, name, self.settings, tokenizer, tallies[name])
-                for path in paths:
-                    for document in read_documents(path, self.settings.sources[name], self._refuse_or(corpus.skip)):
-                        corpus.add(document)
-                    done += path.stat().st_size
-                    show(done, f"{sum(t.train.tokens + t.validation.tokens for t in tallies.values()):,} tokens")
-                corpus.close()
+                try:
+                    for path in paths:
+                        for document in read_documents(path, self.settings.sources[name], self._refuse_or(corpus.skip)):
+                            corpus.add(document)
+                        done += path.stat().st_size
+                        show(done, f"{sum(t.train.tokens + t.validation.tokens for t in tallies.values()):,} tokens")
+                    corpus.close()
+                finally:
+                    corpus.abandon()
                 if not tallies[name].train.tokens:
                     raise ConfigError(
                         f"sources.{name}: no training tokens came out of {len(paths)} file(s), "
@@ -263,6 +266,11 @@ class _CorpusWriter:
         self._flush()
         for writer in self.writers.values():
             writer.commit()
+
+    def abandon(self) -> None:
+        """Close what a failure left open; what was committed stays."""
+        for writer in self.writers.values():
+            writer.abandon()
 
 
 def report(output: Path) -> None:

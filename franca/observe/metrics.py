@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from franca.core.config import config
 from franca.core.errors import ConfigError
-from franca.core.progress import Progress, clock_text, on_terminal, progress
+from franca.core.progress import Progress, clock_text, progress
 from franca.core.run import RunFolder, append_record, current_metrics
 
 Sink = Literal["console", "jsonl", "tensorboard"]
@@ -27,19 +27,22 @@ class MetricsConfig:
 
 
 class Metrics:
-    """The sinks of one attempt. Use as a context manager."""
+    """The sinks of one attempt, on the rank that is `speaking`; on the others it does nothing. A context manager."""
 
-    def __init__(self, settings: MetricsConfig, folder: RunFolder, attempt: int, total_steps: int) -> None:
-        self.settings, self.folder, self.attempt, self.total_steps = settings, folder, attempt, total_steps
+    def __init__(
+        self, settings: MetricsConfig, folder: RunFolder, attempt: int, total_steps: int, speaking: bool = True
+    ) -> None:
+        self.folder, self.attempt, self.total_steps, self.speaking = folder, attempt, total_steps, speaking
+        self.sinks = settings.sinks if speaking else ()
         self.stack = ExitStack()
         self.failed: set[str] = set()
         self.show: Progress | None = None
         self.writer: Any = None
 
     def __enter__(self) -> "Metrics":
-        if "console" in self.settings.sinks:
+        if "console" in self.sinks:
             self.show = self.stack.enter_context(progress("train", self.total_steps, every_s=0.0))
-        if "tensorboard" in self.settings.sinks:
+        if "tensorboard" in self.sinks:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -56,6 +59,10 @@ class Metrics:
         for path in (self.folder.metrics, self.folder.validation_metrics):
             if any(record["step"] > step for record in current_metrics(path)):
                 append_record(path, {"kind": "rollback", "to_step": step, "attempt": self.attempt})
+
+    def has_validation(self, name: str, step: int) -> bool:
+        """Whether this held-out set was measured at this step before."""
+        return any(r["set"] == name and r["step"] == step for r in current_metrics(self.folder.validation_metrics))
 
     def train(self, record: Mapping[str, Any]) -> None:
         """One step: step, samples, tokens, loss terms, lr, grad_norm, tokens_per_s."""
@@ -79,16 +86,18 @@ class Metrics:
     def say(self, text: str) -> None:
         """A sentence about the run: to the log, and to the console."""
         self._guard("train.log", lambda: self._log(text))
-        if "console" in self.settings.sinks or not on_terminal():
+        if "console" in self.sinks:
             print(text, file=sys.stderr, flush=True)
 
     def _log(self, text: str) -> None:
+        if not self.speaking:
+            return
         with open(self.folder.log, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     def _write(self, path: Path, record: dict[str, Any], prefix: str) -> None:
         record["attempt"] = self.attempt
-        if "jsonl" in self.settings.sinks:
+        if "jsonl" in self.sinks:
             self._guard(path.name, lambda: append_record(path, record))
         if self.writer is not None:
             scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "attempt", "time")}

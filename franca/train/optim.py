@@ -1,7 +1,10 @@
 """The optimizer: AdamW over the model's own groups, its learning rate set from the clock before every step."""
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from franca.core.config import config
 from franca.core.duration import Duration
@@ -81,6 +84,12 @@ def build(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
     return optimizer
+
+
+def clip(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradient down to `max_norm` if it is longer (0: never); returns its length before that, on every rank."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,0 +1,138 @@
+"""The whole configuration of a run: its sections put together, its derived values filled in, everything checked.
+
+The checks are the same for `franca plan` and `franca train`: what the planner lets through starts. Floors below see sections
+only; this room and those above it see the whole.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import franca.models.llama  # noqa: F401 (joins the choice of models)
+from franca.checkpoint.sharded import CheckpointConfig
+from franca.core.config import Precision, config, load, problems_error
+from franca.core.duration import Duration
+from franca.core.schedule import BatchRamp, Timeline, batch_stages
+from franca.data.loader import DataConfig, Plan, open_plan
+from franca.models.base import ModelConfig
+from franca.observe.metrics import MetricsConfig
+from franca.parallel import mesh
+from franca.parallel.mesh import ParallelConfig
+from franca.train import optim, validation
+from franca.train.optim import OptimConfig
+from franca.train.validation import ValidationConfig
+
+
+@config
+class TrainConfig:
+    """How long, in what portions, in what precision."""
+
+    length: Duration
+    batch_samples: int  # rows per step, over all ranks
+    batch_ramp: BatchRamp | None = None
+    micro_samples: int | None = None  # rows per rank and forward pass; None: the rank's whole share
+    precision: Precision = "bf16"  # of the matrix products; parameters, gradients and moments are fp32
+    log_every: Duration = Duration(10, "steps")
+
+
+@config
+class RunConfig:
+    """A run file. `run` is the folder that everything goes to."""
+
+    run: str
+    seed: int = 0  # of the initial weights
+    imports: tuple[str, ...] = ()  # modules of yours that define models
+    init_from: str | None = None  # a run or checkpoint whose weights are the start
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config whose derived values are filled in, with what they were derived from."""
+
+    config: RunConfig
+    plan: Plan
+    timeline: Timeline
+    total_steps: int
+
+    @property
+    def stop_samples(self) -> int:
+        """Where the data ends for this run: epochs end with their last row, in the middle of a batch if need be."""
+        length = self.config.train.length
+        whole = self.timeline.samples_before(self.total_steps)
+        return self.timeline.samples(length) if length.unit == "epochs" else whole
+
+
+def read_config(path: Path, words: list[str]) -> RunConfig:
+    """A run file, or the configuration of an existing run folder, with `words` laid over it."""
+    return load(RunConfig, path / "config.yaml" if path.is_dir() else path, words)
+
+
+def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
+    """Fill in what follows from the data, and check everything that can be checked before a process starts.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    plan = open_plan(settings.data)
+    model, problems = settings.model, []
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=plan.vocab_size)  # type: ignore[type-var]
+    elif model.vocab_size < plan.vocab_size:
+        problems.append(f"model.vocab_size: is {model.vocab_size}, but the tokenizer has {plan.vocab_size} ids")
+    if model.max_seq_len < settings.data.seq_len:
+        problems.append(f"data.seq_len: is {settings.data.seq_len}, longer than model.max_seq_len {model.max_seq_len}")
+    problems += model.problems()
+    problems += mesh.problems(settings.parallel, num_ranks) + validation.problems(settings.validation)
+    problems += _cadence_problems(settings)
+    try:
+        stages = batch_stages(settings.train.batch_samples, settings.train.batch_ramp)
+    except ValueError as error:
+        raise problems_error("the run", [*problems, f"train.{error}"]) from None
+    timeline = Timeline(stages, settings.data.seq_len, plan.order.epoch_samples)
+    problems += _batch_problems(settings.train, timeline, num_ranks)
+    if settings.train.length.unit == "seconds":
+        raise problems_error(
+            "the run", [*problems, f"train.length: is '{settings.train.length}', wall time; give steps or tokens"]
+        )
+    resolved = Resolved(dataclasses.replace(settings, model=model), plan, timeline, timeline.steps(settings.train.length))
+    if resolved.total_steps < 1:
+        problems.append(
+            f"train.length: '{settings.train.length}' is less than one step of {settings.train.batch_samples} samples"
+        )
+    problems += optim.problems(settings.optim, timeline, settings.train.length)
+    problems += plan.order.shortages(resolved.stop_samples)
+    if problems:
+        raise problems_error("the run", problems)
+    return resolved
+
+
+def _batch_problems(train: TrainConfig, timeline: Timeline, num_ranks: int) -> list[str]:
+    if train.micro_samples is not None and train.micro_samples < 1:
+        return [f"train.micro_samples: is {train.micro_samples}; it must be at least 1"]
+    unit = num_ranks * (train.micro_samples or 1)
+    uneven = [stage.batch_samples for stage in timeline.stages if stage.batch_samples % unit]
+    if not uneven:
+        return []
+    shown = ", ".join(map(str, uneven[:3])) + (", ..." if len(uneven) > 3 else "")
+    micro = f" x micro_samples {train.micro_samples}" if train.micro_samples else ""
+    return [f"train.batch_samples: {shown} does not divide by {num_ranks} rank(s){micro} = {unit}; use a multiple of {unit}"]
+
+
+def _cadence_problems(settings: RunConfig) -> list[str]:
+    found = []
+    for name, every in (("train.log_every", settings.train.log_every), ("checkpoint.every", settings.checkpoint.every)):
+        if not every.value:
+            found.append(f"{name}: is '{every}'; it must be above 0")
+    if settings.train.log_every.unit == "seconds":
+        found.append(f"train.log_every: is '{settings.train.log_every}'; give it in steps, samples, tokens or epochs")
+    if settings.checkpoint.keep is not None and settings.checkpoint.keep < 1:
+        found.append(f"checkpoint.keep: is {settings.checkpoint.keep}; keep at least 1, or null for all")
+    return found

@@ -1,0 +1,338 @@
+"""Out to Hugging Face and in again: transformers computes what we compute, and nothing changes on the way back."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig as TheirLlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from franca.checkpoint import convert, sharded
+from franca.checkpoint.store import Checkpoint, find
+from franca.core.errors import ConfigError
+from franca.data.tokenizer import END_OF_TEXT, Tokenizer
+from franca.models import hf
+from franca.models.layers import RopeScaling
+from franca.models.llama import LlamaConfig
+
+# In 64 positions, wavelengths of all three regimes: kept, interpolated, stretched.
+LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=32)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped": {"num_kv_heads": 2},
+    "one key head": {"num_kv_heads": 1},
+    "tied": {"tied": True},
+    "qk_norm": {"qk_norm": True},
+    "llama3": {"rope_scaling": LLAMA3},
+    "wide heads": {"head_dim": 16},
+    "narrow heads": {"head_dim": 4},
+    "mlp": {"mlp_dim": 40},
+    "theta": {"rope_theta": 500.0},
+    "eps": {"norm_eps": 1e-2},
+    "like Llama 3.2": {"num_kv_heads": 2, "tied": True, "rope_scaling": LLAMA3, "rope_theta": 500.0},
+    "like Qwen 3": {"num_kv_heads": 2, "tied": True, "qk_norm": True, "head_dim": 16, "rope_theta": 1e6, "norm_eps": 1e-6},
+    "qk_norm and llama3": {"num_kv_heads": 1, "qk_norm": True, "rope_scaling": LLAMA3, "mlp_dim": 40},
+}
+TEXTS = [
+    "The ship's log says: 12 barrels.",
+    "  two leading spaces, a tab\tand a line\nbreak ",
+    "größer, l'été, ¿dónde?, Ελλάδα, 船, नमस्ते, 👩‍🚀, e\u0301 and \u00e9, \u0000, \ufeff",
+    "",
+    " ",
+]
+
+
+def shape(tokenizer: Tokenizer, **options: Any) -> LlamaConfig:
+    defaults = {"vocab_size": tokenizer.vocab_size, "dim": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 64}
+    return LlamaConfig(**{**defaults, **options})
+
+
+@dataclass
+class Exported:
+    checkpoint: Checkpoint
+    folder: Path
+    ours: Any
+    theirs: Any
+
+
+@pytest.fixture(scope="module", params=OPTIONS.values(), ids=OPTIONS.keys())
+def exported(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: Tokenizer,
+    make_checkpoint: Callable[..., Checkpoint],
+) -> Exported:
+    root = tmp_path_factory.mktemp("export")
+    checkpoint = make_checkpoint(root / "run", shape(tokenizer, **request.param))
+    convert.export(root / "run", root / "hf")
+    ours, _, _ = convert.open_model(checkpoint.path, torch.device("cpu"), "fp32")
+    return Exported(checkpoint, root / "hf", ours, AutoModelForCausalLM.from_pretrained(root / "hf"))
+
+
+def ids(vocab_size: int, rows: int = 3, length: int = 64) -> Tensor:
+    return torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def stored(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, as they lie on the disk."""
+    model = convert.model_config(checkpoint).build()
+    tensors = {f"model.{name}": torch.full_like(p, torch.nan) for name, p in model.named_parameters()}
+    sharded.load(checkpoint, tensors, num_ranks=1)
+    return tensors
+
+
+def test_transformers_computes_the_same_logits(exported: Exported) -> None:
+    tokens = ids(exported.ours.config.vocab_size)
+    with torch.no_grad():
+        ours, theirs = exported.ours(tokens), exported.theirs(tokens).logits
+    assert theirs.dtype == torch.float32
+    assert theirs.std() > 0.5  # else the tolerance would say nothing
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_the_exported_family_is_the_one_that_has_these_layers(exported: Exported) -> None:
+    expected = "qwen3" if exported.ours.config.qk_norm else "llama"
+    assert exported.theirs.config.model_type == expected
+    assert sum(p.numel() for p in exported.theirs.parameters()) == sum(p.numel() for p in exported.ours.parameters())
+
+
+def test_the_end_token_is_known_to_model_tokenizer_and_generation(exported: Exported, tokenizer: Tokenizer) -> None:
+    theirs = AutoTokenizer.from_pretrained(exported.folder)
+    assert tokenizer.eos is not None
+    assert exported.theirs.config.eos_token_id == tokenizer.eos
+    assert exported.theirs.generation_config.eos_token_id == tokenizer.eos
+    assert (theirs.eos_token, theirs.eos_token_id) == (END_OF_TEXT, tokenizer.eos)
+    assert exported.theirs.config.bos_token_id is None
+    assert theirs.bos_token is None
+
+
+def test_importing_the_export_gives_back_every_bit(exported: Exported, tmp_path: Path) -> None:
+    convert.import_folder(exported.folder, tmp_path / "run")
+    again = find(tmp_path / "run")
+    before, after = stored(exported.checkpoint), stored(again)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert again.params["tokenizer"] == exported.checkpoint.params["tokenizer"]
+    assert again.damage() == []
+    built = convert.model_config(again)
+    # What was derived is now written out; the shape is the same.
+    assert (built.width_of_head, built.width_of_mlp) == (exported.ours.config.width_of_head, exported.ours.config.width_of_mlp)
+    assert (again.step, again.meta["weights_only"]) == (0, True)
+
+
+def test_exporting_the_import_gives_the_same_files(exported: Exported, tmp_path: Path) -> None:
+    convert.import_folder(exported.folder, tmp_path / "run")
+    convert.export(tmp_path / "run", tmp_path / "hf")
+    names = sorted(path.name for path in exported.folder.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "hf").iterdir())
+    for name in names:
+        assert (tmp_path / "hf" / name).read_bytes() == (exported.folder / name).read_bytes(), name
+
+
+# --- one export is enough for these
+
+
+@pytest.fixture(scope="module")
+def one(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, make_checkpoint: Callable[..., Checkpoint]
+) -> tuple[Checkpoint, Path]:
+    root = tmp_path_factory.mktemp("one")
+    checkpoint = make_checkpoint(root / "run", shape(tokenizer, num_kv_heads=2))
+    convert.export(root / "run", root / "hf")
+    return checkpoint, root / "hf"
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=["plain", "spaces", "unicode", "empty", "space"])
+def test_their_tokenizer_gives_our_ids_and_the_text_back(one: tuple[Checkpoint, Path], tokenizer: Tokenizer, text: str) -> None:
+    theirs = AutoTokenizer.from_pretrained(one[1])
+    ours = tokenizer.encode([text])[0].tolist()
+    assert theirs(text)["input_ids"] == ours
+    assert theirs.decode(ours) == text
+    assert tokenizer.decode(ours) == text
+
+
+def test_a_special_token_in_a_text_is_text_here_and_the_token_there_unless_asked(
+    one: tuple[Checkpoint, Path], tokenizer: Tokenizer
+) -> None:
+    """`tokenizer.json` is written as it was read, so other libraries read it the usual way."""
+    theirs, text = AutoTokenizer.from_pretrained(one[1]), f"one{END_OF_TEXT}two"
+    ours = tokenizer.encode([text])[0].tolist()
+    assert tokenizer.eos not in ours
+    assert tokenizer.decode(ours) == text
+    assert theirs(text, split_special_tokens=True)["input_ids"] == ours
+    assert theirs(text)["input_ids"].count(tokenizer.eos) == 1
+
+
+def test_a_bf16_export_is_bf16_there(one: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    convert.export(one[0].path, tmp_path / "hf", "bf16")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
+    exact = stored(one[0])["model.layers.1.mlp.up.weight"]
+    assert torch.equal(theirs.model.layers[1].mlp.up_proj.weight, exact.bfloat16())
+
+
+def test_shards_with_an_index_load_there_and_here(one: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    whole = tmp_path / "hf"
+    convert.export(one[0].path, whole)
+    ours, _, _ = convert.open_model(one[0].path, torch.device("cpu"), "fp32")
+    (whole / "model.safetensors").unlink()
+    tensors = hf.tensors_for(ours.config, dict(ours.named_parameters()), torch.float32)
+    hf.write_tensors(whole, tensors, shard_bytes=30_000)
+    assert len(list(whole.glob("*.safetensors"))) > 2
+    theirs = AutoModelForCausalLM.from_pretrained(whole)
+    again, _, _ = convert.open_model(whole, torch.device("cpu"), "fp32")
+    tokens = ids(ours.config.vocab_size)
+    with torch.no_grad():
+        assert torch.equal(again(tokens), ours(tokens))
+        assert (theirs(tokens).logits - ours(tokens)).abs().max() <= 1e-4
+
+
+def test_a_model_opened_in_bf16_holds_bf16_and_computes_nearly_the_same(one: tuple[Checkpoint, Path]) -> None:
+    exact, _, _ = convert.open_model(one[0].path, torch.device("cpu"), "fp32")
+    rough, _, _ = convert.open_model(one[0].path, torch.device("cpu"), "bf16")
+    tokens = ids(exact.config.vocab_size)
+    assert {p.dtype for p in rough.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in rough.parameters())
+    assert torch.nn.functional.cosine_similarity(exact(tokens), rough(tokens).float(), dim=-1).min() > 0.99
+
+
+def test_an_existing_folder_is_never_written_over(one: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="there: exists already"):
+        convert.export(one[0].path, tmp_path / "there")
+    with pytest.raises(ConfigError, match="there: exists already"):
+        convert.import_folder(one[1], tmp_path / "there")
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_failed_import_leaves_no_run_and_can_be_repeated(one: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    broken = copied(one[1], tmp_path / "hf")
+    tokenizer_json = (broken / "tokenizer.json").read_bytes()
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: cannot be read"):
+        convert.import_folder(broken, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (broken / "tokenizer.json").write_bytes(tokenizer_json)
+    convert.import_folder(broken, tmp_path / "run")
+    assert find(tmp_path / "run").damage() == []
+
+
+# --- folders that others made
+
+
+def copied(folder: Path, target: Path, **config_changes: Any) -> Path:
+    target.mkdir(parents=True)
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    values = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**values, **config_changes}))
+    return target
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+}
+THEIR_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+THEIRS = {
+    "llama": (LlamaForCausalLM, TheirLlamaConfig, {}),
+    "llama, tied": (LlamaForCausalLM, TheirLlamaConfig, {"tie_word_embeddings": True}),
+    "llama3": (LlamaForCausalLM, TheirLlamaConfig, {"rope_parameters": THEIR_ROPE}),
+    "llama, head_dim": (LlamaForCausalLM, TheirLlamaConfig, {"head_dim": 16}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "qwen3, tied": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "30KB"])
+@pytest.mark.parametrize(("model_class", "config_class", "options"), THEIRS.values(), ids=THEIRS.keys())
+def test_a_folder_saved_by_transformers_imports_with_equal_logits(
+    tmp_path: Path, tokenizer: Tokenizer, tokenizer_file: Path, model_class: Any, config_class: Any, options: Any, shard_size: str
+) -> None:
+    torch.manual_seed(0)
+    theirs = model_class(config_class(vocab_size=tokenizer.vocab_size, **SIZES, **options)).eval()
+    for name, parameter in theirs.named_parameters():
+        if "norm" in name:
+            parameter.data = 1 + 0.3 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size=shard_size)
+    (tmp_path / "hf" / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    convert.import_folder(tmp_path / "hf", tmp_path / "run")
+    ours, _, special = convert.open_model(tmp_path / "run", torch.device("cpu"), "fp32")
+    tokens = ids(tokenizer.vocab_size)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert expected.std() > 0.5
+        assert (ours(tokens) - expected).abs().max() <= 1e-4
+    assert special == {"bos": None, "eos": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"model_type": "gpt_neox"}, "model_type 'gpt_neox'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'yarn'"),
+        ({"intermediate_size": 7}, "config.json says (7, 32)"),
+        ({"num_hidden_layers": 1}, "not known ['model.layers.1."),
+        ({"num_hidden_layers": 3}, "missing ['model.layers.2."),
+        ({"num_attention_heads": 5, "head_dim": None}, "dim 32 does not divide into 5 heads"),
+        ({"vocab_size": "many"}, "vocab_size"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_import_that_cannot_be_is_one_error_and_no_folder(
+    one: tuple[Checkpoint, Path], tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        convert.import_folder(copied(one[1], tmp_path / "hf", **changes), tmp_path / "run")
+    assert words in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_first_of_several_end_tokens_counts(one: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    folder = copied(one[1], tmp_path / "hf", eos_token_id=[5, 9], bos_token_id=3)
+    assert convert.open_model(folder, torch.device("cpu"), "fp32")[2] == {"bos": 3, "eos": 5}
+
+
+def test_a_folder_that_is_none_is_said_to_be_none(one: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a Hugging Face folder"):
+        convert.import_folder(tmp_path, tmp_path / "run")
+    with pytest.raises(ConfigError, match="is neither a run nor a checkpoint folder"):
+        convert.export(tmp_path, tmp_path / "hf")
+    (copied(one[1], tmp_path / "torn") / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ConfigError, match=r"torn/config\.json: cannot be read"):
+        convert.import_folder(tmp_path / "torn", tmp_path / "run")
+
+
+def test_an_exported_config_is_read_whole_by_transformers(one: tuple[Checkpoint, Path]) -> None:
+    """What they do not know they keep as it is; what they know must not have been replaced by a default."""
+    written, read = json.loads((one[1] / "config.json").read_text()), AutoConfig.from_pretrained(one[1]).to_dict()
+    kept = {"rope_theta", "rope_scaling", "torch_dtype"}  # in the spelling of transformers 4
+    assert {name: read[name] for name in written if name not in kept} == {n: v for n, v in written.items() if n not in kept}

@@ -1,0 +1,246 @@
+"""Every token once per epoch, on any number of ranks, and rows that agree with a naive loop."""
+
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from franca.core.duration import Duration
+from franca.core.errors import ConfigError
+from franca.core.schedule import Stage, Timeline
+from franca.data.loader import IGNORE, DataConfig, Loader, SourceConfig, open_plan, validation_sets
+from franca.data.order import Order, Source
+
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=25)
+WORLDS = (1, 2, 3, 5, 8)
+LENGTHS = st.lists(st.integers(0, 23), min_size=1, max_size=30).filter(lambda lengths: sum(lengths) > 0)
+
+
+def number_documents(lengths, first=1):
+    """Documents of the given lengths whose token ids count up from `first`: no id occurs twice, none is the padding 0."""
+    ids = iter(range(first, first + sum(lengths)))
+    return [[next(ids) for _ in range(length)] for length in lengths]
+
+
+def split_documents(documents, num_shards):
+    return [documents[len(documents) * k // num_shards : len(documents) * (k + 1) // num_shards] for k in range(num_shards)]
+
+
+def make_source(shards, name="a", **facts):
+    return Source(name, tuple(shard.num_tokens for shard in shards), **facts)
+
+
+def make_loader(shards, seq_len, batch=4, epochs=1, attention="causal", **order):
+    order = Order([make_source(shards)], seq_len, **order)
+    timeline = Timeline((Stage(0, 0, batch),), seq_len, order.epoch_samples)
+    loader = Loader(order, [shards], timeline, epochs * order.epoch_samples, attention)
+    return loader, timeline.steps(Duration(epochs, "epochs"))
+
+
+def read_everything(loader, steps, world):
+    batches = [loader.batch(step, rank, world) for step in range(steps) for rank in range(world)]
+    return np.concatenate([b.tokens_BT for b in batches]), np.concatenate([b.targets_BT for b in batches])
+
+
+def count_seen(tokens, targets):
+    """How often each id was an input and a valid target. Id 0 is padding here."""
+    return Counter(tokens[tokens != 0].tolist()), Counter(targets[targets != IGNORE].tolist())
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 7])
+@PROPERTY
+@given(lengths=LENGTHS, seq_len=st.integers(1, 17), batch=st.integers(1, 11), seed=st.integers(0, 9))
+def test_every_token_is_seen_once_per_epoch_on_any_world(write_shards, num_shards, lengths, seq_len, batch, seed):
+    documents = number_documents(lengths)
+    total = sum(lengths)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_shards(Path(folder), split_documents(documents, num_shards))
+        loader, steps = make_loader(shards, seq_len, batch, seed=seed)
+        everything = [read_everything(loader, steps, world) for world in WORLDS]
+    for tokens, targets in everything:
+        inputs, valid = count_seen(tokens, targets)
+        assert inputs == Counter(range(1, total + 1))
+        assert valid == Counter(range(2, total + 1))  # nothing comes before the first token, so nothing predicts it
+        np.testing.assert_array_equal(tokens, everything[0][0])  # ranks only cut the same rows differently
+        np.testing.assert_array_equal(targets, everything[0][1])
+
+
+@PROPERTY
+@given(lengths=LENGTHS, seq_len=st.integers(1, 17), batch=st.integers(1, 11), epochs=st.integers(2, 3))
+def test_every_token_is_seen_once_more_in_every_further_epoch(write_shards, lengths, seq_len, batch, epochs):
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_shards(Path(folder), split_documents(number_documents(lengths), 3))
+        loader, steps = make_loader(shards, seq_len, batch, epochs)
+        inputs, valid = count_seen(*read_everything(loader, steps, 2))
+    assert inputs == dict.fromkeys(range(1, sum(lengths) + 1), epochs)
+    assert valid == dict.fromkeys(range(2, sum(lengths) + 1), epochs)
+
+
+@PROPERTY
+@given(first=LENGTHS, second=LENGTHS, seq_len=st.integers(1, 9))
+def test_unweighted_sources_are_each_seen_once_and_never_run_into_each_other(write_shards, first, second, seq_len):
+    documents = number_documents(first + second)
+    groups = split_documents(documents[: len(first)], 2), split_documents(documents[len(first) :], 3)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = [write_shards(Path(folder) / str(number), group) for number, group in enumerate(groups)]
+        order = Order([make_source(group, name) for name, group in zip("ab", shards, strict=True)], seq_len)
+        loader = Loader(order, shards, Timeline((), seq_len, order.epoch_samples), order.epoch_samples)
+        batch = loader.rows(0, order.epoch_samples)
+    inputs, valid = count_seen(batch.tokens_BT, batch.targets_BT)
+    assert inputs == Counter(range(1, sum(first + second) + 1))
+    assert valid == Counter(range(1, sum(first + second) + 1)) - Counter([1, sum(first) + 1])
+
+
+def naive_row(documents, start, seq_len):
+    """One row with document attention, token by token: (tokens, targets, documents, positions), unpadded."""
+    stream = [(token, number, place) for number, doc in enumerate(documents) for place, token in enumerate(doc)]
+    row, after = stream[start : start + seq_len], stream[start + 1 : start + seq_len + 1]
+    tokens = [token for token, _, _ in row]
+    same = [here[1] == there[1] for here, there in zip(row, after, strict=False)]
+    targets = [there[0] if together else IGNORE for together, there in zip(same, after, strict=False)]
+    targets += [IGNORE] * (len(tokens) - len(targets))
+    numbers, positions = [], []
+    for index, (_, _, place) in enumerate(row):
+        begins = place == 0
+        numbers.append((numbers[-1] if numbers else 0) + begins)
+        positions.append(0 if begins or index == 0 else positions[-1] + 1)
+    return tokens, targets, numbers, positions
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 7])
+@PROPERTY
+@given(lengths=LENGTHS, seq_len=st.integers(1, 17))
+def test_document_attention_agrees_with_a_naive_loop(write_shards, num_shards, lengths, seq_len):
+    documents = number_documents(lengths)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_shards(Path(folder), split_documents(documents, num_shards))
+        loader, _ = make_loader(shards, seq_len, attention="document", shuffle=False)
+        batch = loader.rows(0, loader.order.epoch_samples)
+    assert len(batch.tokens_BT) == -(-sum(lengths) // seq_len)
+    for row in range(len(batch.tokens_BT)):
+        found = batch.tokens_BT[row], batch.targets_BT[row], batch.document_BT[row], batch.position_BT[row]
+        expected = naive_row(documents, row * seq_len, seq_len)
+        filled = len(expected[0])
+        assert [array[:filled].tolist() for array in found] == list(expected)
+        assert (batch.targets_BT[row, filled:] == IGNORE).all()
+
+
+def test_document_attention_changes_no_token_and_masks_exactly_the_first_token_of_each_document(write_shards, tmp_path):
+    documents = number_documents([5, 0, 3, 0, 0, 9, 1, 4])
+    shards = write_shards(tmp_path, split_documents(documents, 3))
+    causal, steps = make_loader(shards, 4)
+    document, _ = make_loader(shards, 4, attention="document")
+    (tokens, targets), (same_tokens, masked) = read_everything(causal, steps, 1), read_everything(document, steps, 1)
+    np.testing.assert_array_equal(tokens, same_tokens)
+    np.testing.assert_array_equal(masked, np.where(np.isin(targets, [doc[0] for doc in documents if doc]), IGNORE, targets))
+
+
+def test_causal_rows_have_no_documents_and_count_their_valid_targets(write_shards, tmp_path):
+    loader, _ = make_loader(write_shards(tmp_path, [[range(1, 8)]]), 4, shuffle=False)
+    batch = loader.rows(0, 2)
+    assert batch.tokens_BT.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]
+    assert batch.targets_BT.tolist() == [[2, 3, 4, 5], [6, 7, IGNORE, IGNORE]]
+    assert (batch.document_BT, batch.position_BT, batch.num_valid) == (None, None, 6)
+
+
+def test_rows_from_stop_on_are_empty_and_masked(write_shards, tmp_path):
+    loader, _ = make_loader(write_shards(tmp_path, [[range(1, 41)]]), 4, attention="document")
+    batch = loader.rows(8, 4)
+    assert (batch.targets_BT[:2] != IGNORE).any(axis=1).all()
+    assert not batch.tokens_BT[2:].any()
+    assert (batch.targets_BT[2:] == IGNORE).all()
+    assert loader.rows(100, 3).num_valid == 0
+
+
+def test_a_batch_ramp_takes_the_same_rows_as_a_fixed_batch(write_shards, tmp_path):
+    loader, steps = make_loader(write_shards(tmp_path, [[range(1, 158)]]), 4, batch=8)
+    ramped = Loader(
+        loader.order, loader.shards, Timeline((Stage(0, 0, 2), Stage(3, 6, 5)), 4, loader.order.epoch_samples), loader.stop
+    )
+    plain, ramp = read_everything(loader, steps, 3)[0], read_everything(ramped, 11, 2)[0]
+    np.testing.assert_array_equal(ramp[:40], plain[:40])
+    assert len(ramp) == 3 * 2 + 8 * 5
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 50])
+def test_reading_ahead_gives_the_same_batches_in_order(write_shards, tmp_path, depth):
+    loader, steps = make_loader(write_shards(tmp_path, [[range(1, 158)]]), 4)
+    ahead = list(loader.ahead(range(2, steps), 1, 2, depth))
+    assert len(ahead) == steps - 2
+    for step, batch in enumerate(ahead, 2):
+        np.testing.assert_array_equal(batch.tokens_BT, loader.batch(step, 1, 2).tokens_BT)
+
+
+def test_reading_ahead_can_be_left_in_the_middle_and_passes_errors_on(write_shards, tmp_path):
+    shards = write_shards(tmp_path, [[range(1, 158)]])
+    loader, steps = make_loader(shards, 4)
+    stream = loader.ahead(range(steps), 0, 1)
+    np.testing.assert_array_equal(next(stream).tokens_BT, loader.batch(0, 0, 1).tokens_BT)
+    stream.close()
+    shards[0].bin_path.unlink()
+    fresh, _ = make_loader([type(shards[0])(shard.prefix) for shard in write_shards(tmp_path, [[range(1, 158)]])], 4)
+    shards[0].bin_path.unlink()  # opened, but not yet mapped
+    with pytest.raises(FileNotFoundError):
+        next(fresh.ahead(range(steps), 0, 1))
+
+
+def make_dataset(write_shards, root, sources, sha256="one", vocab_size=300):
+    """A dataset folder of `{source: (training documents, held-out documents)}`."""
+    entries = {}
+    for name, splits in sources.items():
+        entries[name] = {}
+        for split, documents in zip(("train", "validation"), splits, strict=True):
+            shards = write_shards(root / split / name, [documents]) if documents else []
+            entries[name][split] = {"shards": len(shards), "tokens": sum(map(len, documents))}
+    manifest = {"tokenizer": {"sha256": sha256, "vocab_size": vocab_size}, "sources": entries}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return str(root)
+
+
+def test_a_plan_opens_every_source_of_every_dataset(write_shards, tmp_path):
+    one = make_dataset(write_shards, tmp_path / "one", {"x": ([[1, 2, 3]], [[9, 9]]), "y": ([[4, 5]], [])})
+    two = make_dataset(write_shards, tmp_path / "two", {"x": ([[6, 7, 8, 9]], [[3]])})
+    data = DataConfig(sources=(SourceConfig(path=one), SourceConfig(path=two)), seq_len=4)
+    plan = open_plan(data)
+    assert (plan.vocab_size, plan.tokenizer_fingerprint) == (300, "one")
+    assert [source.num_tokens for source in plan.order.sources] == [5, 4]
+    assert plan.fingerprint == plan.order.fingerprint
+    sets = validation_sets(plan, data)
+    assert {label: loader.rows(0, 1).tokens_BT[0].tolist() for label, (loader, _) in sets.items()} == {
+        "x": [9, 9, 0, 0],
+        "two/x": [3, 0, 0, 0],
+    }
+    assert sets["x"][1]["tokens"] == 2
+
+
+def test_everything_wrong_with_the_data_settings_is_said_at_once():
+    sources = (SourceConfig(path="a", weight=0.0), SourceConfig(path="b", max_epochs=0.0))
+    with pytest.raises(ConfigError) as caught:
+        open_plan(DataConfig(sources=sources, seq_len=0))
+    message = str(caught.value)
+    assert "4 problems" in message
+    for part in ("data.seq_len: is 0", "some sources have a weight", "sources[0].weight: is 0", "sources[1].max_epochs: is 0"):
+        assert part in message
+
+
+def test_no_source_at_all_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.sources: is empty"):
+        open_plan(DataConfig(sources=()))
+
+
+def test_datasets_of_different_tokenizers_are_refused(write_shards, tmp_path):
+    one = make_dataset(write_shards, tmp_path / "one", {"x": ([[1]], [])})
+    two = make_dataset(write_shards, tmp_path / "two", {"x": ([[1]], [])}, sha256="other")
+    with pytest.raises(ConfigError, match="different tokenizers"):
+        open_plan(DataConfig(sources=(SourceConfig(path=one), SourceConfig(path=two))))
+
+
+def test_a_dataset_without_tokens_is_refused(write_shards, tmp_path):
+    path = make_dataset(write_shards, tmp_path / "one", {"x": ([[]], [])})
+    with pytest.raises(ConfigError, match="hold no tokens"):
+        open_plan(DataConfig(sources=(SourceConfig(path=path),)))

@@ -1,0 +1,90 @@
+"""A run that is stopped or killed and started again is the same run: bit for bit on the same ranks, to 1e-4 on others."""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from franca.checkpoint import sharded
+from franca.checkpoint.store import Checkpoint, Store
+from franca.core.run import read_records
+
+SEED = 20261121
+
+
+def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    stored = sharded.Reader(checkpoint.path).read_metadata().state_dict_metadata
+    sizes = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in sizes.items()}
+    sharded.load(checkpoint, tensors, num_ranks=1)
+    return tensors
+
+
+def last_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return tensors_of(Store(folder / "checkpoints").committed()[-1])
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], what: str) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, f"{what}: {different}"
+    assert any(name.startswith("optimizer.") for name in one)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stop_and_kill_leave_no_trace(launch, run_file, records, ranks: int, precision: str) -> None:
+    rng = random.Random(f"{SEED}/{ranks}/{precision}")
+    train = {"precision": precision, "micro_samples": 2}
+    whole = launch(run_file("whole", train=train), ranks=ranks)
+    assert whole.wait() == [0] * ranks
+
+    stop_at = rng.randrange(2, 38)
+    path = run_file("stopped", train=train)
+    stopped = launch(path, ranks=ranks)
+    stopped.wait_for_step(stop_at)
+    stopped.signal(rng.choice([signal.SIGTERM, signal.SIGUSR2]), ranks=[rng.randrange(ranks)])  # one rank is enough
+    codes = stopped.wait()
+    assert codes == [75] * ranks, f"seed {SEED}, stop at {stop_at}: exit codes {codes}"
+    assert launch(path, ranks=ranks).wait() == [0] * ranks
+
+    kill_at = rng.randrange(12, 38)
+    path = run_file("killed", train=train)
+    killed = launch(path, ranks=ranks)
+    killed.wait_for_step(kill_at)
+    killed.signal(signal.SIGKILL)
+    assert killed.wait() == [-signal.SIGKILL] * ranks, f"seed {SEED}, kill at {kill_at}"
+    assert launch(path, ranks=ranks).wait() == [0] * ranks
+
+    expected = last_tensors(whole.folder)
+    for run, moment in ((stopped, stop_at), (killed, kill_at)):
+        what = f"seed {SEED}, {run.folder.name} at step {moment} on {ranks} rank(s)"
+        assert_same_bits(last_tensors(run.folder), expected, what)
+        assert records(run.folder) == records(whole.folder), what
+        assert [record["step"] for record in records(run.folder)] == list(range(1, 41))
+    resumed = [event["step"] for event in read_records(killed.folder / "events.jsonl") if event["event"] == "resume"]
+    assert resumed, "the killed run went on from a commit"
+    assert resumed[0] % 10 == 0
+
+
+def test_the_number_of_ranks_may_change_in_a_run(launch, run_file, records) -> None:
+    rng = random.Random(SEED)
+    whole = launch(run_file("whole"))
+    assert whole.wait() == [0]
+    path = run_file("elastic")
+    stops = sorted(rng.sample(range(5, 36), 3))
+    for ranks, stop in zip([1, 2, 4], stops, strict=True):
+        run = launch(path, ranks=ranks)
+        run.wait_for_step(stop)
+        run.signal(signal.SIGTERM)
+        assert run.wait() == [75] * ranks, f"seed {SEED}, stops {stops}"
+    assert launch(path).wait() == [0]
+    for mine, theirs in zip(records(run.folder), records(whole.folder), strict=True):
+        assert mine["samples"] == theirs["samples"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4), f"seed {SEED}, stops {stops}, step {mine['step']}"
+    plans = {event["plan"] for event in read_records(run.folder / "events.jsonl") if event["event"] == "start"}
+    assert len(plans) == 1
