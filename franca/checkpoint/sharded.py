@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -135,12 +136,25 @@ def _together(world: World, act: Callable[[], T]) -> list[T]:
     result, error = None, None
     try:
         result = act()
+    except CheckpointException as caught:  # PyTorch's, which is no Exception
+        error = _causes(caught)
     except Exception as caught:  # told to the other ranks, which would wait for this one for ever
         error = f"rank {world.rank}: {type(caught).__name__}: {caught}"
     errors = [text for text in world.gather_objects(error) if text]
     if errors:
         raise OSError(f"the checkpoint could not be written: {'; '.join(errors)}")
     return world.gather_objects(result)
+
+
+def _causes(error: CheckpointException) -> str:
+    """What went wrong on each rank; PyTorch's advice to unpickle freely is not passed on."""
+    texts = {
+        rank: "holds what is no tensor: not loaded"
+        if isinstance(cause, pickle.UnpicklingError)
+        else f"{type(cause).__name__}: {cause}"
+        for rank, (cause, _) in error.failures.items()
+    }
+    return "; ".join(f"rank {rank}: {text}" for rank, text in texts.items())
 
 
 def newest_good(store: Store, world: World, on_damage: Callable[[Checkpoint, list[str]], None]) -> Checkpoint | None:
@@ -159,7 +173,7 @@ def load(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], num_ranks: int) 
     """Fill `tensors`, whole or sharded in any way, in place from a checkpoint of the same names and shapes.
 
     Raises:
-        ConfigError: that lists what is missing or of another shape.
+        ConfigError: that lists what is missing or of another shape, or says what cannot be read.
     """
     reader = Reader(checkpoint.path)
     stored = {
@@ -179,7 +193,10 @@ def load(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], num_ranks: int) 
             f"{checkpoint.path}: is a checkpoint of another model: {shown}. Use the model: section it was made with."
         )
     with _alone(num_ranks):
-        dcp_load(dict(tensors), storage_reader=reader, no_dist=num_ranks == 1)
+        try:
+            dcp_load(dict(tensors), storage_reader=reader, no_dist=num_ranks == 1)
+        except CheckpointException as error:
+            raise ConfigError(f"{checkpoint.path}: is damaged: {_causes(error)}") from None
 
 
 @contextmanager

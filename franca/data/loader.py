@@ -110,7 +110,7 @@ class Loader:
         tokens = rows[:, :seq_len].copy()
         ends = np.zeros(count, np.int64)
         ends[: len(spans.counts)] = spans.counts
-        for row in np.flatnonzero(ends <= seq_len):
+        for row in np.flatnonzero(ends <= seq_len).tolist():
             targets[row, max(ends[row] - 1, 0) :] = IGNORE  # past the end of a source
         if not self.documents:
             return Batch(tokens, targets, None, None)

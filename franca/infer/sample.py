@@ -8,6 +8,7 @@ import torch
 from franca.checkpoint.convert import open_model
 from franca.core.config import Precision, check, config, parse_words, problems_error
 from franca.core.errors import ConfigError
+from franca.data.tokenizer import Tokenizer
 from franca.infer.generate import SamplingConfig, generate, problems
 
 
@@ -38,7 +39,13 @@ def complete(source: Path, prompts: list[str], settings: SampleConfig) -> list[s
         outputs = generate(model, ids, settings.sampling, special.get("eos"))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return [tokenizer.decode(output) for output in outputs]
+    return [_new_text(tokenizer, given, output) for given, output in zip(ids, outputs, strict=True)]
+
+
+def _new_text(tokenizer: Tokenizer, given: list[int], output: list[int]) -> str:
+    """What the output adds to the text: alone, some tokenizers would drop the space that its first token begins with."""
+    before, whole = tokenizer.decode(given), tokenizer.decode([*given, *output])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(output)
 
 
 def main(source: Path, prompts: list[str], words: list[str]) -> None:

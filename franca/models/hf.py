@@ -15,12 +15,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from franca.core.config import check, problems_error
 from franca.core.errors import ConfigError
 from franca.models.base import expand_names
-from franca.models.layers import RopeScaling
 from franca.models.llama import LlamaConfig
 
 SHARD_BYTES = 5_000_000_000
+ROPE_NAMES = {  # ours -> theirs
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+}
 
 
 def to_hf_config(c: LlamaConfig, bos: int | None, eos: int | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -29,13 +35,7 @@ def to_hf_config(c: LlamaConfig, bos: int | None, eos: int | None, dtype: torch.
     family = ("qwen3", "Qwen3ForCausalLM") if c.qk_norm else ("llama", "LlamaForCausalLM")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": c.rope_scaling.factor,
-            "low_freq_factor": c.rope_scaling.low_freq_factor,
-            "high_freq_factor": c.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": c.rope_scaling.original_max_seq_len,
-        }
+        rope |= {"rope_type": "llama3", **{theirs: getattr(c.rope_scaling, ours) for ours, theirs in ROPE_NAMES.items()}}
     # transformers 4 reads rope_theta and rope_scaling, transformers 5 reads rope_parameters: both are written.
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"} if c.rope_scaling else None
     return {
@@ -92,32 +92,29 @@ def from_hf_config(values: dict[str, Any], where: str) -> LlamaConfig:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 can be imported")
     try:
-        scaling = None
-        if rope_type == "llama3":
-            scaling = RopeScaling(
-                factor=float(rope["factor"]),
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
-                original_max_seq_len=int(rope["original_max_position_embeddings"]),
-            )
-        return LlamaConfig(
-            vocab_size=values["vocab_size"],
-            dim=values["hidden_size"],
-            num_layers=values["num_hidden_layers"],
-            num_heads=values["num_attention_heads"],
-            num_kv_heads=values.get("num_key_value_heads"),
-            head_dim=values.get("head_dim"),
-            mlp_dim=values["intermediate_size"],
-            max_seq_len=values["max_position_embeddings"],
-            norm_eps=values["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
-            rope_scaling=scaling,
-            tied=values.get("tie_word_embeddings", False),
-            qk_norm=family == "qwen3",
-            init_std=values.get("initializer_range", 0.02),
-        )
+        scaling = {ours: rope[theirs] for ours, theirs in ROPE_NAMES.items()} if rope_type == "llama3" else None
+        shape = {
+            "vocab_size": values["vocab_size"],
+            "dim": values["hidden_size"],
+            "num_layers": values["num_hidden_layers"],
+            "num_heads": values["num_attention_heads"],
+            "num_kv_heads": values.get("num_key_value_heads"),
+            "head_dim": values.get("head_dim"),
+            "mlp_dim": values["intermediate_size"],
+            "max_seq_len": values["max_position_embeddings"],
+            "norm_eps": values["rms_norm_eps"],
+            "rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+            "rope_scaling": scaling,
+            "tied": values.get("tie_word_embeddings", False),
+            "qk_norm": family == "qwen3",
+            "init_std": values.get("initializer_range", 0.02),
+        }
     except KeyError as error:
         raise ConfigError(f"{where}: has no {error.args[0]!r}") from None
+    config = check(LlamaConfig, shape, where)
+    if found := config.problems():
+        raise problems_error(where, found)
+    return config
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:

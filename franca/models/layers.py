@@ -55,7 +55,20 @@ def _cpu_has_bf16() -> bool:
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in the dtype of x, (..., in) x (out, in) -> (..., out)."""
     fast = product_dtype(x)
-    return F.linear(x.to(fast), weight.to(x.dtype).to(fast)).to(x.dtype)
+    wide, matrix = x.to(fast), weight.to(x.dtype).to(fast)
+    few = x.device.type == "cpu" and not torch.is_grad_enabled() and x.shape[:-1].numel() <= _FEW_ROWS
+    return (_multiply_few(wide, matrix) if few else F.linear(wide, matrix)).to(x.dtype)
+
+
+_FEW_ROWS = 64
+
+
+def _multiply_few(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T for the few rows of decoding on a CPU: every thread takes its share of W, which F.linear leaves to one thread."""
+    columns, threads = x.reshape(-1, x.shape[-1]).t(), torch.get_num_threads()
+    parts = threads if len(weight) % threads == 0 else 1
+    y = torch.bmm(weight.view(parts, -1, weight.shape[1]), columns.expand(parts, -1, -1))
+    return y.view(len(weight), -1).t().reshape(*x.shape[:-1], len(weight))
 
 
 class Embedding(nn.Module):

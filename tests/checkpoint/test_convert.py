@@ -13,10 +13,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig as TheirLlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+)
+from transformers import (
+    LlamaConfig as TheirLlamaConfig,
 )
 
 from franca.checkpoint import convert, sharded
@@ -273,7 +275,13 @@ THEIRS = {
 @pytest.mark.parametrize("shard_size", ["1GB", "30KB"])
 @pytest.mark.parametrize(("model_class", "config_class", "options"), THEIRS.values(), ids=THEIRS.keys())
 def test_a_folder_saved_by_transformers_imports_with_equal_logits(
-    tmp_path: Path, tokenizer: Tokenizer, tokenizer_file: Path, model_class: Any, config_class: Any, options: Any, shard_size: str
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    tokenizer_file: Path,
+    model_class: Any,
+    config_class: Any,
+    options: Any,
+    shard_size: str,
 ) -> None:
     torch.manual_seed(0)
     theirs = model_class(config_class(vocab_size=tokenizer.vocab_size, **SIZES, **options)).eval()

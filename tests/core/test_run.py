@@ -10,6 +10,7 @@ import numpy as np
 import orjson
 import pytest
 
+from franca.core.errors import ConfigError
 from franca.core.run import RunFolder, append_record, current_metrics, read_records, write_atomically
 
 
@@ -156,9 +157,7 @@ def test_a_rollback_to_the_last_step_supersedes_nothing_and_one_to_zero_everythi
 
 
 def test_attempts_are_counted_by_the_events(tmp_path):
-    run = RunFolder(tmp_path / "run")
-    run.create()
-    run.create()  # a resume finds it there
+    run = RunFolder(tmp_path)
     assert run.next_attempt() == 1
     run.event("start", 1, step=0)
     run.event("start", 3)
@@ -166,7 +165,23 @@ def test_attempts_are_counted_by_the_events(tmp_path):
     assert run.next_attempt() == 4
     first = next(read_records(run.events))
     assert {"event": "start", "attempt": 1, "step": 0}.items() <= first.items()
-    assert run.checkpoints.is_dir()
+
+
+def test_only_one_attempt_at_a_time_is_at_work_in_a_run_folder(tmp_path):
+    run = RunFolder(tmp_path / "deep" / "run")
+    with run.lock(True):
+        assert run.checkpoints.is_dir()
+        with run.lock(False):  # another rank of the same attempt
+            pass
+        with pytest.raises(ConfigError, match="run: another process is training here"), run.lock(True):
+            pass
+    with run.lock(True):  # free again for the next
+        pass
+
+
+def test_a_rank_that_does_not_want_the_lock_makes_no_folder(tmp_path):
+    with RunFolder(tmp_path / "run").lock(False):
+        assert names(tmp_path) == []
 
 
 def make_package(folder):

@@ -1,5 +1,6 @@
 """Megatron-LM's golden numbers, and closed formulas against naive loops."""
 
+import itertools
 import math
 
 import pytest
@@ -128,8 +129,8 @@ def rate(position, decay="cosine", warmup=100.0, end=1000.0, final_ratio=0.1):
 def test_the_rate_rises_to_its_peak_and_never_again(decay):
     rising, falling = [rate(p, decay) for p in range(101)], [rate(p, decay) for p in range(100, 1101)]
     assert (rising[0], rising[50], rising[100]) == (0.0, 1.5e-4, 3e-4)
-    assert all(before < after for before, after in zip(rising, rising[1:], strict=False))
-    assert all(before >= after for before, after in zip(falling, falling[1:], strict=False))
+    assert all(before < after for before, after in itertools.pairwise(rising))
+    assert all(before >= after for before, after in itertools.pairwise(falling))
 
 
 @pytest.mark.parametrize(("decay", "final"), [("cosine", 3e-5), ("linear", 3e-5), ("constant", 3e-4)])

@@ -16,7 +16,7 @@ from franca.core.schedule import Stage, Timeline
 from franca.data.loader import IGNORE, DataConfig, Loader, SourceConfig, open_plan, validation_sets
 from franca.data.order import Order, Source
 
-PROPERTY = settings(derandomize=True, deadline=None, max_examples=25)
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=15)
 WORLDS = (1, 2, 3, 5, 8)
 LENGTHS = st.lists(st.integers(0, 23), min_size=1, max_size=30).filter(lambda lengths: sum(lengths) > 0)
 
@@ -148,6 +148,15 @@ def test_causal_rows_have_no_documents_and_count_their_valid_targets(write_shard
     assert (batch.document_BT, batch.position_BT, batch.num_valid) == (None, None, 6)
 
 
+def test_parts_of_a_batch_are_its_rows(write_shards, tmp_path):
+    for attention in ("causal", "document"):
+        loader, _ = make_loader(write_shards(tmp_path, [[range(1, 30)]]), 4, attention=attention)
+        whole, part, rows = loader.rows(0, 6), loader.rows(0, 6).part(2, 3), loader.rows(2, 3)
+        for name in ("tokens_BT", "targets_BT", "document_BT", "position_BT"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(rows, name))
+        assert part.num_valid == whole.part(2, 3).num_valid == rows.num_valid
+
+
 def test_rows_from_stop_on_are_empty_and_masked(write_shards, tmp_path):
     loader, _ = make_loader(write_shards(tmp_path, [[range(1, 41)]]), 4, attention="document")
     batch = loader.rows(8, 4)
@@ -197,7 +206,8 @@ def make_dataset(write_shards, root, sources, sha256="one", vocab_size=300):
         for split, documents in zip(("train", "validation"), splits, strict=True):
             shards = write_shards(root / split / name, [documents]) if documents else []
             entries[name][split] = {"shards": len(shards), "tokens": sum(map(len, documents))}
-    manifest = {"tokenizer": {"sha256": sha256, "vocab_size": vocab_size}, "sources": entries}
+    tokenizer = {"sha256": sha256, "vocab_size": vocab_size, "bos": None, "eos": 7}
+    manifest = {"tokenizer": tokenizer, "sources": entries}
     (root / "manifest.json").write_text(json.dumps(manifest))
     return str(root)
 
@@ -209,6 +219,7 @@ def test_a_plan_opens_every_source_of_every_dataset(write_shards, tmp_path):
     plan = open_plan(data)
     assert (plan.vocab_size, plan.tokenizer_fingerprint) == (300, "one")
     assert [source.num_tokens for source in plan.order.sources] == [5, 4]
+    assert plan.special_tokens == {"bos": None, "eos": 7}
     assert plan.fingerprint == plan.order.fingerprint
     sets = validation_sets(plan, data)
     assert {label: loader.rows(0, 1).tokens_BT[0].tolist() for label, (loader, _) in sets.items()} == {

@@ -240,6 +240,19 @@ def test_the_fingerprint_changes_with_everything_that_changes_the_order():
         assert first != second, (one, other)
 
 
+MIXTURE_ROWS = [(0, 32, 9, 9), (1, 8, 9, 45), (1, 64, 9, 40), (0, 48, 9, 11), (1, 24, 9, 84), (1, 72, 8, 66666666678)]
+STREAM_ROWS = [(1, 728, 9, 0), (1, 208, 9, 0), (1, 8, 9, 0), (1, 336, 9, 0), (1, 592, 9, 1), (1, 112, 9, 9090909090)]
+FINGERPRINTS = ("520e5c30539a", "7e23b31e09a2")
+
+
+def test_the_order_of_a_plan_never_changes_without_a_new_version():
+    """Runs of last year must resume: whoever changes these numbers raises `version` in the fingerprint."""
+    mixture, stream = Order(**BASE | {"seed": 3}), Order([Source("a", (50, 30)), Source("b", (800,))], 8, seed=5)
+    assert as_rows(mixture.spans(np.array([0, 1, 2, 1023, 1024, 10**12]))) == MIXTURE_ROWS
+    assert as_rows(stream.spans(np.array([0, 1, 2, 109, 110, 10**12]))) == STREAM_ROWS
+    assert (mixture.fingerprint[:12], stream.fingerprint[:12]) == FINGERPRINTS
+
+
 def test_the_fingerprint_is_the_same_again_and_with_other_limits():
     limited = [Source("a", (50, 30), 1.0, max_epochs=4.0), Source("b", (80,), 2.0, max_epochs=0.5)]
     assert Order(**BASE).fingerprint == Order(**BASE).fingerprint == Order(**BASE | {"sources": limited}).fingerprint

@@ -238,8 +238,8 @@ def test_gradients_of_attention(length: int, documents: bool) -> None:
 
     mine = [leaf.clone().requires_grad_() for leaf in leaves]
     out = attention(*mine, document_mask(document) if documents else None, causal=not documents)
-    for given, wanted in zip(torch.autograd.grad(out, mine, upstream), expected, strict=True):
-        close(given, wanted, 2e-5)
+    for mine_now, wanted in zip(torch.autograd.grad(out, mine, upstream), expected, strict=True):
+        close(mine_now, wanted, 2e-5)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

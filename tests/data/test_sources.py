@@ -1,0 +1,209 @@
+"""Documents out of files, whole or refused with the place."""
+
+import gzip
+import itertools
+import json
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from franca.core.errors import ConfigError
+from franca.data.sources import CorpusConfig, Document, list_files, read_documents
+
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
+TEXT = "Häuser 語\r\nline two\n\n\x0cpage\u2028same line\n"
+
+
+def zst(data):
+    return zstandard.ZstdCompressor().compress(data)
+
+
+def zst_frames(data):
+    half = len(data) // 2
+    return zst(data[:half]) + zst(b"") + zst(data[half:])
+
+
+def gz_members(data):
+    half = len(data) // 2
+    return gzip.compress(data[:half]) + gzip.compress(data[half:])
+
+
+PLAIN = [("", bytes)]
+PACKED = [(".gz", gzip.compress), (".gz", gz_members), (".zst", zst), (".zst", zst_frames)]
+
+
+def read(path, **corpus):
+    """The documents of a file and what was said of the bad ones."""
+    reasons = []
+    documents = list(read_documents(path, CorpusConfig(paths=("unused",), **corpus), reasons.append))
+    return documents, reasons
+
+
+def write_packed(path, pack, data):
+    path.write_bytes(pack(data))
+    return path
+
+
+@pytest.mark.parametrize(("suffix", "pack"), PLAIN + PACKED)
+def test_a_text_file_is_one_document_to_the_byte(tmp_path, suffix, pack):
+    path = write_packed(tmp_path / f"a.txt{suffix}", pack, TEXT.encode())
+    assert read(path) == ([Document(TEXT, str(path))], [])
+
+
+@pytest.mark.parametrize(("suffix", "pack"), PLAIN + PACKED)
+@pytest.mark.parametrize("stem", ["a.jsonl", "a.ndjson", "a.json"])
+def test_json_lines_are_documents_with_their_line(tmp_path, suffix, pack, stem):
+    lines = [json.dumps({"text": TEXT, "id": 1}), "", json.dumps({"id": 2, "content": "two"}, ensure_ascii=False)]
+    path = write_packed(tmp_path / (stem + suffix), pack, "\n".join(lines).encode())
+    assert read(path) == ([Document(TEXT, f"{path}:1"), Document("two", f"{path}:3")], [])
+
+
+def test_a_named_field_is_taken_and_no_other(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "t", "body": "b"}\n{"text": "t"}\n{"text": "t", "content": "c"}\n')
+    assert read(path, field="body") == ([Document("b", f"{path}:1")], [f"{path}:{n}: has no text under 'body'" for n in (2, 3)])
+    assert [document.text for document in read(path)[0]] == ["t", "t", "t"]
+
+
+def test_the_format_can_be_said(tmp_path):
+    path = tmp_path / "a.data"
+    path.write_text('{"text": "t"}\n')
+    assert [document.text for document in read(path)[0]] == ['{"text": "t"}\n']
+    assert [document.text for document in read(path, format="jsonl")[0]] == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("not json", "is not JSON"),
+        ('{"text": "cut', "is not JSON"),
+        (r'{"text": "\ud800"}', "is not JSON"),
+        ("[1, 2]", "has no text under 'text' or 'content'"),
+        ("7", "has no text under"),
+        ('{"text": 5}', "has no text under"),
+        ('{"text": null, "content": "x"}', "has no text under"),
+        ('{"title": "x"}', "has no text under"),
+    ],
+)
+def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n' + line + '\n{"text": "three"}\n')
+    documents, reasons = read(path)
+    assert documents == [Document("one", f"{path}:1"), Document("three", f"{path}:3")]
+    assert len(reasons) == 1
+    assert reasons[0].startswith(f"{path}:2: {reason}")
+
+
+def test_bytes_that_are_no_utf8_are_named(tmp_path):
+    text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_bytes(b"abc\xff")
+    lines.write_bytes(b'{"text": "abc\xff"}\n')
+    assert read(text) == ([], [f"{text}: is not UTF-8 text (byte 3)"])
+    assert read(lines)[1][0].startswith(f"{lines}:1: is not JSON")
+
+
+def test_an_empty_file_is_bad(tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.txt.gz", "a.txt.zst"):
+        (tmp_path / name).touch()
+        assert read(tmp_path / name) == ([], [f"{tmp_path / name}: is an empty file"])
+
+
+def test_an_archive_of_nothing_is_an_empty_document(tmp_path):
+    for suffix, pack in PACKED:
+        path = write_packed(tmp_path / f"a.txt{suffix}", pack, b"")
+        assert read(path) == ([Document("", str(path))], [])
+
+
+def noise(lines):
+    """Lines that do not compress, so that a cut takes content away."""
+    return "".join(json.dumps({"text": str(pow(3, 2000 + n))}) + "\n" for n in range(lines)).encode()
+
+
+@pytest.mark.parametrize(("suffix", "pack"), PACKED)
+@pytest.mark.parametrize("cut", [1, 5, 20_000, 250_000])
+def test_a_truncated_archive_is_bad_and_never_a_shorter_text(tmp_path, suffix, pack, cut):
+    data = noise(700)
+    whole = [json.loads(line)["text"] for line in data.splitlines()]
+    for stem in ("a.txt", "a.jsonl"):
+        path = write_packed(tmp_path / (stem + suffix), pack, data)
+        path.write_bytes(path.read_bytes()[:-cut])
+        documents, reasons = read(path)
+        assert len(reasons) == 1
+        assert reasons[0].startswith(f"{path}: cannot be read")
+        assert [document.text for document in documents] == ([] if stem == "a.txt" else whole[: len(documents)])
+        assert len(documents) < 700 or cut < 8  # so little is only the checksum at the end
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_archive_in_name_only_is_bad(tmp_path, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(b"plain words")
+    assert read(path)[0] == []
+    assert read(path)[1][0].startswith(f"{path}: cannot be read")
+
+
+@PROPERTY
+@given(data=st.binary(max_size=3000), cuts=st.lists(st.integers(0, 3000), max_size=3))
+def test_any_cut_into_frames_gives_the_same_text(tmp_path_factory, data, cuts):
+    path = tmp_path_factory.getbasetemp() / "frames.txt.zst"
+    bounds = [0, *sorted(cuts), len(data)]
+    path.write_bytes(b"".join(zst(data.hex().encode()[2 * a : 2 * b]) for a, b in itertools.pairwise(bounds)))
+    expected = "".join(data[a:b].hex() for a, b in itertools.pairwise(bounds))
+    assert read(path) == ([Document(expected, str(path))], [])
+
+
+def test_a_line_ends_where_editors_end_it(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(TEXT.encode())
+    documents = [("Häuser 語\r\n", 1), ("line two\n", 2), ("\x0cpage\u2028same line\n", 4)]
+    assert read(path, documents="line")[0] == [Document(text, f"{path}:{line}") for text, line in documents]
+
+
+LINES = st.lists(st.sampled_from(["a\n", "b b\n", "\n", "  \n", "é\r\n", "\r\n"]), max_size=12)
+
+
+@PROPERTY
+@given(lines=LINES, last=st.sampled_from(["", "end"]))
+def test_paragraphs_end_at_blank_lines_and_lose_nothing(tmp_path_factory, lines, last):
+    text = "".join(lines) + last
+    if not text.strip():
+        text = "x" + text
+    path = tmp_path_factory.getbasetemp() / "paragraphs.txt"
+    path.write_bytes(text.encode())
+    documents = read(path, documents="paragraph")[0]
+    assert "".join(document.text for document in documents) == text
+    every = text.splitlines(keepends=True)
+    starts = [n for n, line in enumerate(every) if line.strip() and (n == 0 or not every[n - 1].strip())]
+    assert len(documents) == len(starts)
+    for document, start in zip(documents[1:], starts[1:], strict=True):
+        assert document.place == f"{path}:{start + 1}"
+        assert document.text.splitlines(keepends=True)[0] == every[start]
+
+
+def make_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+
+
+def list_names(folder, *patterns, exclude=()):
+    corpus = CorpusConfig(paths=tuple(f"{folder}/{p}" for p in patterns), exclude=tuple(f"{folder}/{p}" for p in exclude))
+    return [str(path.relative_to(folder)) for path in list_files("mine", corpus)]
+
+
+def test_files_are_found_by_globs_once_and_sorted(tmp_path):
+    make_files(tmp_path, "b.txt", "a.txt", "deep/er/c.txt", "deep/d.md")
+    assert list_names(tmp_path, "*.txt", "a.*") == ["a.txt", "b.txt"]
+    assert list_names(tmp_path, "**/*.txt") == ["a.txt", "b.txt", "deep/er/c.txt"]
+    assert list_names(tmp_path, "deep/*") == ["deep/d.md"]  # a folder is no file
+    assert list_names(tmp_path, "**/*", exclude=["deep/**", "b.*"]) == ["a.txt"]
+
+
+def test_a_pattern_without_a_file_is_refused(tmp_path):
+    make_files(tmp_path, "a.txt")
+    with pytest.raises(ConfigError, match=r"sources\.mine\.paths: '.*/\*\.md' matches no file"):
+        list_names(tmp_path, "a.txt", "*.md")
+    with pytest.raises(ConfigError, match=r"sources\.mine: `exclude` leaves no file"):
+        list_names(tmp_path, "a.txt", exclude=["*"])

@@ -1,0 +1,116 @@
+"""Text to ids and back without a changed byte; special tokens only where asked for."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+
+from franca.core.errors import ConfigError
+from franca.data.tokenizer import END_OF_TEXT, Tokenizer
+
+PROPERTY = settings(derandomize=True, deadline=None, max_examples=100)
+TEXT = Path(json.__file__).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(iter([TEXT]), 400)
+
+
+@PROPERTY
+@given(text=st.text(max_size=60))
+def test_any_text_comes_back_byte_for_byte(tokenizer, text):
+    (ids,) = tokenizer.encode([text])
+    assert tokenizer.decode(ids.tolist()) == text
+    assert tokenizer.eos not in ids
+
+
+def test_training_gives_the_asked_size_with_all_bytes_and_one_special_token(tokenizer):
+    assert tokenizer.vocab_size == 400
+    assert (tokenizer.bos, tokenizer.eos) == (None, tokenizer.backend.token_to_id(END_OF_TEXT))
+    assert len(tokenizer.encode([TEXT])[0]) < 0.7 * len(TEXT)
+    assert Tokenizer.train(iter([TEXT]), 400).fingerprint == tokenizer.fingerprint
+    assert Tokenizer.train(iter([TEXT]), 399).fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("text", [END_OF_TEXT, f"a{END_OF_TEXT}b", f" {END_OF_TEXT}\n{END_OF_TEXT}"])
+def test_a_literal_special_token_is_text(tokenizer, text):
+    tokenizer = Tokenizer(Backend.from_str(tokenizer.json))  # fresh: writing one also sets how it reads
+    (ids,) = tokenizer.encode([text], eos=True)
+    assert ids[:-1].tolist().count(tokenizer.eos) == 0
+    assert ids[-1] == tokenizer.eos
+    assert tokenizer.decode(ids[:-1].tolist()) == text
+    assert tokenizer.decode(ids.tolist(), skip_special=True) == text
+    assert tokenizer.decode(ids.tolist()) == text + END_OF_TEXT
+
+
+def test_an_empty_text_has_no_tokens_and_batches_are_their_texts(tokenizer):
+    together = tokenizer.encode(["", "one", TEXT], eos=True)
+    assert [ids.tolist() for ids in together] == [tokenizer.encode([text], eos=True)[0].tolist() for text in ("", "one", TEXT)]
+    assert len(together[0]) == 0
+    assert tokenizer.encode([]) == []
+
+
+def test_a_written_tokenizer_is_the_same_when_read_and_usual_for_others(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.json, encoding="utf-8")
+    loaded = Tokenizer.load(path)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.encode([TEXT])[0].tolist() == tokenizer.encode([TEXT])[0].tolist()
+    assert Backend.from_file(str(path)).encode(END_OF_TEXT).ids == [tokenizer.eos]  # elsewhere it is the special token
+    assert tokenizer.eos not in tokenizer.encode([END_OF_TEXT])[0]  # and here it is still none after writing
+
+
+def with_special(tokenizer, *names):
+    backend = Backend.from_str(tokenizer.json)
+    backend.add_special_tokens(list(names))
+    return Tokenizer(backend)
+
+
+def test_bos_and_eos_are_found_by_their_usual_names(tokenizer):
+    other = with_special(tokenizer, "<s>", "</s>", "<|begin_of_text|>", "<|end_of_text|>")
+    assert other.vocab_size == 404
+    assert (other.bos, other.eos) == (
+        other.backend.token_to_id("<|begin_of_text|>"),
+        other.backend.token_to_id("<|end_of_text|>"),
+    )
+    (ids,) = other.encode(["x"], bos=True, eos=True)
+    assert ids.tolist() == [other.bos, *tokenizer.encode(["x"])[0], other.eos]
+
+
+def test_a_special_token_that_does_not_exist_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match="this tokenizer has no BOS token; set add_bos: false"):
+        tokenizer.encode(["x"], bos=True)
+
+
+def test_the_size_covers_ids_with_gaps(tokenizer):
+    description = json.loads(tokenizer.json)
+    last = max(description["model"]["vocab"], key=description["model"]["vocab"].get)
+    description["model"]["vocab"][last] = 1000
+    assert Tokenizer(Backend.from_str(json.dumps(description))).vocab_size == 1001
+
+
+def test_padding_and_truncation_of_a_file_are_switched_off(tokenizer, tmp_path):
+    backend = Backend.from_str(tokenizer.json)
+    backend.enable_padding(length=50)
+    backend.enable_truncation(3)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (ids,) = Tokenizer.load(tmp_path / "tokenizer.json").encode(["one two three four five six"])
+    assert ids.tolist() == tokenizer.encode(["one two three four five six"])[0].tolist()
+    assert len(ids) > 3
+
+
+@pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": {"type": "Unknown"}}'])
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=rf"{path}: is not a tokenizer\.json"):
+        Tokenizer.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.json: cannot be read \(No such file or directory\)"):
+        Tokenizer.load(tmp_path / "none.json")
