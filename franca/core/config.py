@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union, dataclass_transform
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, dataclass_transform
 
 import yaml
 from omegaconf import OmegaConf
@@ -24,12 +24,19 @@ from franca.core.errors import ConfigError
 
 T = TypeVar("T")
 
+# Ranges that sections use as types, so that a wrong number is reported with all other problems.
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["fp32", "bf16"]
+
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[T]) -> type[T]:
     """Make a class a section of the configuration: a frozen dataclass that refuses keys it does not know."""
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[attr-defined]
     return cls
 
 
@@ -58,7 +65,7 @@ class Choice:
         if len(cls.members) == 1:
             return handler.generate_schema(next(iter(cls.members.values())))
         union: Any = Union[tuple(cls.members.values())]  # noqa: UP007 (built at run time)
-        return handler.generate_schema(typing.Annotated[union, Field(discriminator="kind")])
+        return handler.generate_schema(Annotated[union, Field(discriminator="kind")])
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -133,9 +140,10 @@ def load(cls: type[T], path: Path, words: Sequence[str] = ()) -> T:
 
 def check(cls: type[T], values: dict[str, Any], where: str) -> T:
     """A plain dict as a checked `cls`; `where` names it in messages."""
-    for name in _import_names(values.get("imports", ()), where):
+    modules = values.get("imports", ())
+    for name in modules if isinstance(modules, list | tuple) else ():
         try:
-            importlib.import_module(name)
+            importlib.import_module(str(name))
         except ImportError as error:
             raise ConfigError(f"{where}: imports: {name!r} cannot be imported ({error}). Is it on PYTHONPATH?") from None
     try:
@@ -147,12 +155,6 @@ def check(cls: type[T], values: dict[str, Any], where: str) -> T:
         raise ConfigError(
             f"{where}: holds a value that is no number, text, list or section ({error}). Put it in quotes."
         ) from None
-
-
-def _import_names(value: Any, where: str) -> Iterable[str]:
-    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
-        return value
-    raise ConfigError(f"{where}: imports: expected a list of module names, got {value!r}")
 
 
 def problems_error(where: str, problems: Sequence[str]) -> ConfigError:
@@ -177,7 +179,7 @@ def _explain(cls: type, problem: Any) -> str:
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{path}: is required and was not given"
     if kind == "union_tag_invalid":
-        allowed = sorted(section.members) if isinstance(section, type) and issubclass(section, Choice) else []
+        allowed = sorted(section.members)
         given_kind = given.get("kind") if isinstance(given, dict) else given
         return f"{path}.kind: {given_kind!r} is not one of {', '.join(allowed)}{_did_you_mean(str(given_kind), allowed)}"
     if kind == "union_tag_not_found":
@@ -200,34 +202,27 @@ def _did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 def _walk(cls: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
     """The dotted path a user would write for pydantic's location, and the section that holds its last part."""
-    path: list[str] = []
-    section, current = cls, cls
+    path, section, current = "", cls, cls
     for part in location:
         current = _unwrap(current)
-        if (
-            isinstance(current, type)
-            and issubclass(current, Choice)
-            and part in current.members
-            and Choice in current.__bases__
-        ):
+        if _is_open(current) and part in current.members:
             current = section = current.members[str(part)]  # pydantic puts the kind into the path; a user does not
-            continue
-        if isinstance(part, int):
-            path[-1:] = [f"{path[-1]}[{part}]"] if path else [f"[{part}]"]
-            current = next(iter(typing.get_args(current)), Any)
-            continue
-        section = current
-        path.append(str(part))
-        if isinstance(current, type) and issubclass(current, Choice) and Choice in current.__bases__:
-            section = current = next(iter(current.members.values()))
-        if dataclasses.is_dataclass(current):
-            current = typing.get_type_hints(current).get(part, Any)
-        elif typing.get_origin(current) is dict:
-            current = typing.get_args(current)[1]
-    final = _unwrap(current)
-    if isinstance(final, type) and issubclass(final, Choice):
-        section = final
-    return ".".join(path) or "(top level)", section
+        elif isinstance(part, int):
+            path, current = f"{path}[{part}]", next(iter(typing.get_args(current)), Any)
+        else:
+            path = f"{path}.{part}" if path else part
+            section = next(iter(current.members.values())) if _is_open(current) else current
+            if dataclasses.is_dataclass(section):
+                current = typing.get_type_hints(section).get(part, Any)
+            else:
+                current = (*typing.get_args(section), Any, Any)[1]  # dict[str, X]
+    current = _unwrap(current)
+    return path or "(top level)", current if _is_open(current) else section
+
+
+def _is_open(hint: Any) -> bool:
+    """Whether a type is the base of an open choice."""
+    return isinstance(hint, type) and Choice in hint.__bases__
 
 
 def _unwrap(hint: Any) -> Any:
@@ -258,6 +253,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif before != after:
             found.append((f"{prefix}{key}", before, after))
     return found
-
-
-Precision = Literal["fp32", "bf16"]

@@ -8,8 +8,9 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator
 from pydantic_core import core_schema
 
 Unit = Literal["steps", "samples", "tokens", "epochs", "seconds"]
@@ -74,6 +75,23 @@ class Duration:
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
         serializer = core_schema.plain_serializer_function_ser_schema(str)
         return core_schema.no_info_plain_validator_function(cls.parse, serialization=serializer)
+
+
+def _above_zero(duration: Duration) -> Duration:
+    if not duration.value:
+        raise ValueError(f"'{duration}' is not above 0")
+    return duration
+
+
+def _repeatable(duration: Duration) -> Duration:
+    if duration.unit == "seconds":
+        raise ValueError(f"'{duration}' is wall time; give steps, samples, tokens or epochs, which a resume repeats")
+    return duration
+
+
+Length = Annotated[Duration, AfterValidator(_repeatable)]
+Cadence = Annotated[Duration, AfterValidator(_above_zero)]
+RepeatableCadence = Annotated[Duration, AfterValidator(_repeatable), AfterValidator(_above_zero)]
 
 
 def crossed(every: Duration, before: Clock, after: Clock) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from franca.core.config import config
+from franca.core.config import Count, config
 from franca.core.duration import Clock, Duration, Unit
 
 Decay = Literal["cosine", "linear", "constant"]
@@ -19,8 +19,8 @@ Decay = Literal["cosine", "linear", "constant"]
 class BatchRamp:
     """A batch that grows in equal increments, as Megatron-LM's `--rampup-batch-size start increment samples`."""
 
-    start: int
-    increment: int
+    start: Count
+    increment: Count
     over: Duration
 
 
@@ -42,14 +42,12 @@ def batch_stages(batch_samples: int, ramp: BatchRamp | None) -> tuple[Stage, ...
     Raises:
         ValueError: when the increments do not lead from start to the full batch, or `over` is not in samples.
     """
-    if batch_samples < 1:
-        raise ValueError(f"batch_samples is {batch_samples}; it must be at least 1")
     if ramp is None:
         return (Stage(0, 0, batch_samples),)
     if ramp.over.unit != "samples":
         raise ValueError(f"batch_ramp.over is '{ramp.over}'; a ramp is measured in samples, for example '5M samples'")
     growth = batch_samples - ramp.start
-    if ramp.start < 1 or ramp.increment < 1 or growth <= 0 or growth % ramp.increment:
+    if growth <= 0 or growth % ramp.increment:
         raise ValueError(
             f"batch_ramp goes from {ramp.start} to {batch_samples} in increments of {ramp.increment}: "
             "the difference must be a positive multiple of the increment"

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from franca.core.config import config, problems_error
+from franca.core.config import Count, Positive, config
+from franca.core.errors import ConfigError
 from franca.core.schedule import Timeline
 from franca.data.indexed import Dataset, Shard
 from franca.data.order import Order, Source
@@ -30,8 +31,8 @@ class SourceConfig:
     """One prepared dataset folder. `weight`: its share of the samples; leave it out everywhere to take all rows alike."""
 
     path: str
-    weight: float | None = None
-    max_epochs: float = 1.0
+    weight: Positive | None = None
+    max_epochs: Positive = 1.0
 
 
 @config
@@ -39,7 +40,7 @@ class DataConfig:
     """What is trained on. `attention: document` keeps documents of one row from seeing each other."""
 
     sources: tuple[SourceConfig, ...]
-    seq_len: int = 2048  # tokens per row
+    seq_len: Count = 2048  # tokens per row
     attention: Literal["causal", "document"] = "causal"
     seed: int = 0
 
@@ -184,30 +185,17 @@ def open_plan(data: DataConfig) -> Plan:
     """Open the datasets of a config. Reads manifests and a few bytes of every index, no tokens.
 
     Raises:
-        ConfigError: with everything that is wrong with the datasets.
+        ConfigError: when a dataset is not whole, or the datasets do not go together.
     """
-    problems: list[str] = []
     if not data.sources:
-        problems.append("data.sources: is empty; name at least one prepared dataset folder: sources: [{path: ...}]")
-    if data.seq_len < 1:
-        problems.append(f"data.seq_len: is {data.seq_len}; it must be at least 1 token")
-    weighted = [source.weight is not None for source in data.sources]
-    if any(weighted) and not all(weighted):
-        problems.append("data.sources: some sources have a weight and some have none; give all of them one, or none")
-    for number, entry in enumerate(data.sources):
-        if entry.weight is not None and not 0 < entry.weight < float("inf"):
-            problems.append(f"data.sources[{number}].weight: is {entry.weight:g}; it must be above 0")
-        if entry.max_epochs <= 0:
-            problems.append(f"data.sources[{number}].max_epochs: is {entry.max_epochs:g}; it must be above 0")
-    if problems:
-        raise problems_error("data", problems)
+        raise ConfigError("data.sources: is empty; name at least one prepared dataset folder: sources: [{path: ...}]")
     sources: list[Source] = []
     shards: list[tuple[Shard, ...]] = []
     datasets = tuple(Dataset(Path(entry.path).expanduser()) for entry in data.sources)
     for entry, dataset in zip(data.sources, datasets, strict=True):
         theirs, ours = dataset.manifest["tokenizer"]["sha256"], datasets[0].manifest["tokenizer"]["sha256"]
         if theirs != ours:
-            raise problems_error("data.sources", [f"{dataset.root} and {datasets[0].root} were made with different tokenizers"])
+            raise ConfigError(f"data.sources: {dataset.root} and {datasets[0].root} were made with different tokenizers")
         group = [shard for name in dataset.manifest["sources"] for shard in dataset.shards("train", name)]
         name = f"{dataset.root.name}#{len(sources)}"
         sources.append(Source(name, tuple(s.num_tokens for s in group), entry.weight, entry.max_epochs))
@@ -215,7 +203,7 @@ def open_plan(data: DataConfig) -> Plan:
     try:
         order = Order(sources, data.seq_len, data.seed)
     except ValueError as error:
-        raise problems_error("data.sources", [str(error)]) from None
+        raise ConfigError(f"data.sources: {error}") from None
     return Plan(datasets, order, tuple(shards))
 
 

@@ -7,18 +7,21 @@ import glob
 import gzip
 import io
 import os
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 import orjson
+from backports import zstd
 
 from franca.core.config import config
 from franca.core.errors import ConfigError
 
 FIELDS = ("text", "content")
+# What files and compressed streams raise for bytes that are not what they should be, an end in the middle among them.
+UNREADABLE = (OSError, EOFError, zlib.error, zstd.ZstdError)
 
 
 @config
@@ -77,50 +80,9 @@ def _format(path: Path, corpus: CorpusConfig) -> str:
     return "jsonl" if suffixes and suffixes[-1] in (".jsonl", ".ndjson", ".json") else "text"
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
-    if path.suffix == ".gz":
-        with gzip.open(path, "rb") as file:
-            yield cast(IO[bytes], file)
-    elif path.suffix == ".zst":
-        with open(path, "rb") as raw, io.BufferedReader(_ZstdFrames(raw), 131072) as file:
-            yield file
-    else:
-        with open(path, "rb") as file:
-            yield file
-
-
-class _ZstdFrames(io.RawIOBase):
-    """The content of a .zst file, frame after frame.
-
-    zstandard's own reader takes a file that ends inside a frame for a short one; here it is an EOFError.
-    """
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard
-
-        self._raw, self._new_frame = raw, zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None
-        self._compressed = self._content = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._content:
-            self._compressed = self._compressed or self._raw.read(131072)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a compressed frame")
-                return 0
-            self._frame = self._frame or self._new_frame()
-            self._content = self._frame.decompress(self._compressed)
-            self._compressed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._content))
-        buffer[:count], self._content = self._content[:count], self._content[count:]
-        return count
+def _open(path: Path) -> IO[bytes]:
+    openers: dict[str, Any] = {".gz": gzip.open, ".zst": zstd.open}
+    return cast(IO[bytes], openers.get(path.suffix, open)(path, "rb"))
 
 
 def _read_json_lines(path: Path, field: str | None, on_bad: OnBad) -> Iterator[Document]:
@@ -142,7 +104,7 @@ def _read_json_lines(path: Path, field: str | None, on_bad: OnBad) -> Iterator[D
                     yield Document(text, place)
                 else:
                     on_bad(f"{place}: has no text under {' or '.join(map(repr, fields))}")
-    except _unreadable() as error:
+    except UNREADABLE as error:
         on_bad(f"{path}: cannot be read past line {number} ({error}): truncated or not compressed as its name says")
 
 
@@ -153,7 +115,7 @@ def _read_text(path: Path, documents: str, on_bad: OnBad) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         on_bad(f"{path}: is not UTF-8 text (byte {error.start})")
         return
-    except _unreadable() as error:
+    except UNREADABLE as error:
         on_bad(f"{path}: cannot be read ({error})")
         return
     if documents == "file":
@@ -180,15 +142,3 @@ def _paragraphs(text: str, path: Path) -> Iterator[Document]:
         blank = not line.strip()
     if any(part.strip() for part in lines):
         yield Document("".join(lines), f"{path}:{begin}")
-
-
-def _unreadable() -> tuple[type[Exception], ...]:
-    """What the readers of files and of compressed streams raise for bytes that are not what they should be."""
-    import zlib
-
-    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    try:
-        import zstandard
-    except ImportError:
-        return errors
-    return (*errors, zstandard.ZstdError)

@@ -6,31 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from franca.core.config import config
+from franca.core.config import Count, NotNegative, Share, config
 
 
 @config
 class SamplingConfig:
     """How the next token is drawn. `temperature: 0` takes the most likely one."""
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int | None = None  # only the k most likely tokens
-    top_p: float | None = None  # only the smallest set of tokens with this much probability (Holtzman et al. 2020)
+    max_new_tokens: Count = 128
+    temperature: NotNegative = 1.0
+    top_k: Count | None = None  # only the k most likely tokens
+    top_p: Share | None = None  # only the smallest set of tokens with this much probability (Holtzman et al. 2020)
     seed: int = 0
-
-
-def problems(sampling: SamplingConfig) -> list[str]:
-    found = []
-    if sampling.max_new_tokens < 1:
-        found.append(f"max_new_tokens: is {sampling.max_new_tokens}; it must be at least 1")
-    if sampling.temperature < 0:
-        found.append(f"temperature: is {sampling.temperature:g}; it must not be negative")
-    if sampling.top_k is not None and sampling.top_k < 1:
-        found.append(f"top_k: is {sampling.top_k}; it must be at least 1")
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        found.append(f"top_p: is {sampling.top_p:g}; it must be above 0 and at most 1")
-    return found
 
 
 @torch.inference_mode()

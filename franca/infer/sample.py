@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from franca.checkpoint.convert import open_model
-from franca.core.config import Precision, check, config, parse_words, problems_error
+from franca.core.config import Precision, check, config, parse_words
 from franca.core.errors import ConfigError
 from franca.data.tokenizer import Tokenizer
-from franca.infer.generate import SamplingConfig, generate, problems
+from franca.infer.generate import SamplingConfig, generate
 
 
 @config
@@ -26,9 +26,6 @@ def complete(source: Path, prompts: list[str], settings: SampleConfig) -> list[s
     Raises:
         ConfigError: when there is no model, or a prompt does not fit.
     """
-    found = problems(settings.sampling)
-    if found:
-        raise problems_error("sampling", found)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, special = open_model(source, device, settings.precision)
     head = [special["bos"]] if special.get("bos") is not None else []

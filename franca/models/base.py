@@ -25,12 +25,6 @@ class Batch(NamedTuple):
     position_BT: Tensor | None = None
 
 
-class Cache(Protocol):
-    """What generation keeps between tokens; made by `Model.new_cache`, filled by `forward`."""
-
-    length: int  # positions seen so far
-
-
 class Model(Protocol):
     """What the loop, the planner, generation and conversion use of a model (an `nn.Module`)."""
 
@@ -60,9 +54,6 @@ class Model(Protocol):
 
     def param_groups(self) -> dict[str, list[str]]:
         """Parameter names by how the optimizer treats them: `decay` and `no_decay`."""
-
-    def tp_plan(self) -> dict[str, str]:
-        """How each module is split over a tensor-parallel axis: `colwise`, `rowwise`."""
 
 
 class ModelConfig(Choice):

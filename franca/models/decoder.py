@@ -86,7 +86,3 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             groups["decay" if parameter.ndim >= 2 else "no_decay"].append(name)
         return groups
-
-    def tp_plan(self) -> dict[str, str]:
-        plan = {f"layers.*.{name}": style for name, style in self.config.tp_styles.items()}
-        return {"embedding": "rowwise", **plan, **({} if self.head is None else {"head": "colwise"})}

@@ -55,20 +55,26 @@ def _cpu_has_bf16() -> bool:
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in the dtype of x, (..., in) x (out, in) -> (..., out)."""
     fast = product_dtype(x)
-    wide, matrix = x.to(fast), weight.to(x.dtype).to(fast)
-    few = x.device.type == "cpu" and not torch.is_grad_enabled() and x.shape[:-1].numel() <= _FEW_ROWS
-    return (_multiply_few(wide, matrix) if few else F.linear(wide, matrix)).to(x.dtype)
+    wide, matrix = cast_to(x, fast), cast_to(cast_to(weight, x.dtype), fast)
+    few = not torch.is_grad_enabled() and x.device.type == "cpu" and x.shape[:-1].numel() <= _FEW_ROWS
+    return cast_to(_multiply_few(wide, matrix) if few else F.linear(wide, matrix), x.dtype)
+
+
+def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes a microsecond also where there is nothing to do: in decoding, these add up."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 _FEW_ROWS = 64
 
 
 def _multiply_few(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T for the few rows of decoding on a CPU: every thread takes its share of W, which F.linear leaves to one thread."""
-    columns, threads = x.reshape(-1, x.shape[-1]).t(), torch.get_num_threads()
-    parts = threads if len(weight) % threads == 0 else 1
-    y = torch.bmm(weight.view(parts, -1, weight.shape[1]), columns.expand(parts, -1, -1))
-    return y.view(len(weight), -1).t().reshape(*x.shape[:-1], len(weight))
+    """x W^T for the few rows of decoding on a CPU, by parts of W on all threads; F.linear would leave it to one thread."""
+    features, width = weight.shape
+    parts = math.gcd(features, 4 * torch.get_num_threads())
+    x_1NW = x.reshape(1, -1, width)
+    y_PNF = torch.bmm(x_1NW.expand(parts, -1, -1), weight.view(parts, -1, width).transpose(1, 2))
+    return y_PNF.transpose(0, 1).reshape(*x.shape[:-1], features)
 
 
 class Embedding(nn.Module):
@@ -98,7 +104,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.weight.shape, cast_to(self.weight, x.dtype), self.eps)
 
 
 @config
@@ -162,7 +168,7 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | Non
     `mask`: bool, (B or 1, 1, T, S), True where a position may see another; None: with `causal` all before it, else all.
     """
     fast = product_dtype(q_BHTE)
-    q, k, v = (x.to(fast) for x in (q_BHTE, k_BKSE, v_BKSE))
+    q, k, v = (cast_to(x, fast) for x in (q_BHTE, k_BKSE, v_BKSE))
     causal = causal or (mask is not None and q.shape[2] == k.shape[2])
     if causal and q.device.type == "cpu" and q.requires_grad and q.shape[2] <= _BlockedAttention.longest:
         out = _blocked_attention(q, k, v, mask)
@@ -170,7 +176,7 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | Non
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return out.to(q_BHTE.dtype)
+    return cast_to(out, q_BHTE.dtype)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, its loop would be unrolled: slow to compile, no faster

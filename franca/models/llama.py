@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from franca.core.config import config
+from franca.core.config import Count, Positive, config
 from franca.models.base import ModelConfig
 from franca.models.decoder import Decoder
 from franca.models.layers import KVCache, Linear, RMSNorm, RopeScaling, attention, rotate
@@ -17,20 +17,20 @@ class LlamaConfig(ModelConfig):
     """RMSNorm, RoPE, grouped-query attention, SwiGLU. Widths in numbers of features."""
 
     kind: Literal["llama"] = "llama"
-    vocab_size: int | None = None  # None: the tokenizer's
-    dim: int = 512
-    num_layers: int = 8
-    num_heads: int = 8
-    num_kv_heads: int | None = None  # None: as many as query heads
-    head_dim: int | None = None  # None: dim / num_heads
-    mlp_dim: int | None = None  # None: 8/3 dim, rounded up to a multiple of 256
-    max_seq_len: int = 2048
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    vocab_size: Count | None = None  # None: the tokenizer's
+    dim: Count = 512
+    num_layers: Count = 8
+    num_heads: Count = 8
+    num_kv_heads: Count | None = None  # None: as many as query heads
+    head_dim: Count | None = None  # None: dim / num_heads
+    mlp_dim: Count | None = None  # None: 8/3 dim, rounded up to a multiple of 256
+    max_seq_len: Count = 2048
+    norm_eps: Positive = 1e-5
+    rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
     tied: bool = False  # the head is the embedding
     qk_norm: bool = False  # RMSNorm of every query and key head before RoPE, as in Qwen 3
-    init_std: float = 0.02  # projections into the residual stream: divided by sqrt(2 num_layers)
+    init_std: Positive = 0.02  # projections into the residual stream: divided by sqrt(2 num_layers)
 
     hf_names: ClassVar[dict[str, str]] = {
         "embedding.weight": "model.embed_tokens.weight",
@@ -48,15 +48,6 @@ class LlamaConfig(ModelConfig):
         "norm.weight": "model.norm.weight",
         "head.weight": "lm_head.weight",
     }
-    tp_styles: ClassVar[dict[str, str]] = {
-        "attention.query": "colwise",
-        "attention.key": "colwise",
-        "attention.value": "colwise",
-        "attention.output": "rowwise",
-        "mlp.gate": "colwise",
-        "mlp.up": "colwise",
-        "mlp.down": "rowwise",
-    }
 
     @property
     def width_of_head(self) -> int:
@@ -71,18 +62,12 @@ class LlamaConfig(ModelConfig):
 
     def problems(self) -> list[str]:
         found = []
-        for name in ("dim", "num_layers", "num_heads", "max_seq_len"):
-            if getattr(self, name) < 1:
-                found.append(f"model.{name}: is {getattr(self, name)}; it must be at least 1")
-        if found:
-            return found
         if self.head_dim is None and self.dim % self.num_heads:
             found.append(f"model: dim {self.dim} does not divide into {self.num_heads} heads; change one or give head_dim")
         elif self.width_of_head % 2:
             found.append(f"model: heads are {self.width_of_head} wide; RoPE turns pairs, so the width must be even")
-        kv = self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
-        if kv < 1 or self.num_heads % kv:
-            found.append(f"model.num_kv_heads: is {kv}; {self.num_heads} query heads must divide into groups of it")
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            found.append(f"model.num_kv_heads: {self.num_kv_heads} does not divide {self.num_heads} query heads; use a divisor")
         return found
 
 

@@ -18,23 +18,8 @@ from torch import Tensor
 from franca.core.errors import ConfigError
 
 # What may be written to `environment.json`: settings that change a run, nothing that could hold a secret.
-RECORDED = (
-    "CUDA_VISIBLE_DEVICES",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "OMP_NUM_THREADS",
-    "RANK",
-    "SLURMD_NODENAME",
-    "SLURM_JOB_ID",
-    "SLURM_JOB_NAME",
-    "SLURM_JOB_NODELIST",
-    "SLURM_JOB_PARTITION",
-    "SLURM_NNODES",
-    "SLURM_NTASKS",
-    "SLURM_PROCID",
-    "SLURM_RESTART_COUNT",
-    "WORLD_SIZE",
-)
+_RECORDED = """CUDA_VISIBLE_DEVICES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS RANK WORLD_SIZE SLURMD_NODENAME SLURM_JOB_ID
+    SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_JOB_PARTITION SLURM_NNODES SLURM_NTASKS SLURM_PROCID SLURM_RESTART_COUNT"""
 
 
 @dataclass(frozen=True)
@@ -80,9 +65,6 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
-
-    def barrier(self) -> None:
-        self.sum([0.0])
 
 
 def start(timeout_s: float = 600.0) -> World:
@@ -132,5 +114,5 @@ def environment(world: World) -> dict[str, Any]:
         "device": device,
         "world_size": world.size,
         "threads": torch.get_num_threads(),
-        "variables": {name: os.environ[name] for name in RECORDED if name in os.environ},
+        "variables": {name: os.environ[name] for name in _RECORDED.split() if name in os.environ},
     }

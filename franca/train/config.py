@@ -10,15 +10,15 @@ from pathlib import Path
 
 import franca.models.llama  # noqa: F401 (joins the choice of models)
 from franca.checkpoint.sharded import CheckpointConfig
-from franca.core.config import Precision, config, load, problems_error
-from franca.core.duration import Duration
+from franca.core.config import Count, Precision, config, load, problems_error
+from franca.core.duration import Duration, Length, RepeatableCadence
 from franca.core.schedule import BatchRamp, Timeline, batch_stages
 from franca.data.loader import DataConfig, Plan, open_plan
 from franca.models.base import ModelConfig
 from franca.observe.metrics import MetricsConfig
 from franca.parallel import mesh
 from franca.parallel.mesh import ParallelConfig
-from franca.train import optim, validation
+from franca.train import optim
 from franca.train.optim import OptimConfig
 from franca.train.validation import ValidationConfig
 
@@ -27,12 +27,12 @@ from franca.train.validation import ValidationConfig
 class TrainConfig:
     """How long, in what portions, in what precision."""
 
-    length: Duration
-    batch_samples: int  # rows per step, over all ranks
+    length: Length
+    batch_samples: Count  # rows per step, over all ranks
     batch_ramp: BatchRamp | None = None
-    micro_samples: int | None = None  # rows per rank and forward pass; None: the rank's whole share
+    micro_samples: Count | None = None  # rows per rank and forward pass; None: the rank's whole share
     precision: Precision = "bf16"  # of the matrix products; parameters, gradients and moments are fp32
-    log_every: Duration = Duration(10, "steps")
+    log_every: RepeatableCadence = Duration(10, "steps")
 
 
 @config
@@ -90,18 +90,13 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
     if model.max_seq_len < settings.data.seq_len:
         problems.append(f"data.seq_len: is {settings.data.seq_len}, longer than model.max_seq_len {model.max_seq_len}")
     problems += model.problems()
-    problems += mesh.problems(settings.parallel, num_ranks) + validation.problems(settings.validation)
-    problems += _cadence_problems(settings)
+    problems += mesh.problems(settings.parallel, num_ranks)
     try:
         stages = batch_stages(settings.train.batch_samples, settings.train.batch_ramp)
     except ValueError as error:
         raise problems_error("the run", [*problems, f"train.{error}"]) from None
     timeline = Timeline(stages, settings.data.seq_len, plan.order.epoch_samples)
     problems += _batch_problems(settings.train, timeline, num_ranks)
-    if settings.train.length.unit == "seconds":
-        raise problems_error(
-            "the run", [*problems, f"train.length: is '{settings.train.length}', wall time; give steps or tokens"]
-        )
     resolved = Resolved(dataclasses.replace(settings, model=model), plan, timeline, timeline.steps(settings.train.length))
     if resolved.total_steps < 1:
         problems.append(
@@ -115,8 +110,6 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
 
 
 def _batch_problems(train: TrainConfig, timeline: Timeline, num_ranks: int) -> list[str]:
-    if train.micro_samples is not None and train.micro_samples < 1:
-        return [f"train.micro_samples: is {train.micro_samples}; it must be at least 1"]
     unit = num_ranks * (train.micro_samples or 1)
     uneven = [stage.batch_samples for stage in timeline.stages if stage.batch_samples % unit]
     if not uneven:
@@ -124,15 +117,3 @@ def _batch_problems(train: TrainConfig, timeline: Timeline, num_ranks: int) -> l
     shown = ", ".join(map(str, uneven[:3])) + (", ..." if len(uneven) > 3 else "")
     micro = f" x micro_samples {train.micro_samples}" if train.micro_samples else ""
     return [f"train.batch_samples: {shown} does not divide by {num_ranks} rank(s){micro} = {unit}; use a multiple of {unit}"]
-
-
-def _cadence_problems(settings: RunConfig) -> list[str]:
-    found = []
-    for name, every in (("train.log_every", settings.train.log_every), ("checkpoint.every", settings.checkpoint.every)):
-        if not every.value:
-            found.append(f"{name}: is '{every}'; it must be above 0")
-    if settings.train.log_every.unit == "seconds":
-        found.append(f"train.log_every: is '{settings.train.log_every}'; give it in steps, samples, tokens or epochs")
-    if settings.checkpoint.keep is not None and settings.checkpoint.keep < 1:
-        found.append(f"checkpoint.keep: is {settings.checkpoint.keep}; keep at least 1, or null for all")
-    return found

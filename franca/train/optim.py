@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from franca.core.config import config
-from franca.core.duration import Duration
+from franca.core.config import NotNegative, Positive, Share, config
+from franca.core.duration import Duration, Length
 from franca.core.schedule import Decay, Timeline, learning_rate
 from franca.models.base import Model
 
@@ -16,42 +16,24 @@ from franca.models.base import Model
 class OptimConfig:
     """AdamW (Loshchilov and Hutter 2019) with a learning-rate schedule on the clock."""
 
-    lr: float = 3e-4  # the peak
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # of matrices and embeddings; gains and biases have none
-    clip_norm: float = 1.0  # of the global gradient; 0: no clipping
-    warmup: Duration = Duration(100, "steps")
+    lr: Positive = 3e-4  # the peak
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1  # of matrices and embeddings; gains and biases have none
+    clip_norm: NotNegative = 1.0  # of the global gradient; 0: no clipping
+    warmup: Length = Duration(100, "steps")
     decay: Decay = "cosine"
-    decay_length: Duration | None = None  # from the start, warm-up included; None: the length of the run
-    final_lr_ratio: float = 0.1  # of the peak, at the end of the decay
+    decay_length: Length | None = None  # from the start, warm-up included; None: the length of the run
+    final_lr_ratio: Share = 0.1  # of the peak, at the end of the decay
 
 
 def problems(optim: OptimConfig, timeline: Timeline, length: Duration) -> list[str]:
     """What is wrong with the section for a run of `length`."""
-    found = []
-    for name in ("lr", "eps"):
-        if not getattr(optim, name) > 0:
-            found.append(f"optim.{name}: is {getattr(optim, name):g}; it must be above 0")
-    for name in ("beta1", "beta2", "final_lr_ratio"):
-        if not 0 <= getattr(optim, name) <= 1:
-            found.append(f"optim.{name}: is {getattr(optim, name):g}; it must be between 0 and 1")
-    for name in ("weight_decay", "clip_norm"):
-        if getattr(optim, name) < 0:
-            found.append(f"optim.{name}: is {getattr(optim, name):g}; it must not be negative")
-    for name in ("warmup", "decay_length"):
-        duration = getattr(optim, name)
-        if duration is not None and duration.unit == "seconds":
-            found.append(
-                f"optim.{name}: is '{duration}'; give it in steps, samples, tokens or epochs, so that a resume repeats it"
-            )
-    if found:
-        return found
     end = optim.decay_length or length
-    if optim.decay != "constant" and timeline.measure(optim.warmup, "samples") >= timeline.measure(end, "samples"):
-        found.append(f"optim.warmup: '{optim.warmup}' is not shorter than the decay's end ('{end}'); shorten it")
-    return found
+    if optim.decay == "constant" or timeline.measure(optim.warmup, "samples") < timeline.measure(end, "samples"):
+        return []
+    return [f"optim.warmup: '{optim.warmup}' is not shorter than the decay's end ('{end}'); shorten it"]
 
 
 def lr_at(optim: OptimConfig, timeline: Timeline, length: Duration, step: int) -> float:
@@ -92,7 +74,7 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: Positive) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from franca.core.config import config
-from franca.core.duration import Duration
+from franca.core.config import Count, config
+from franca.core.duration import RepeatableCadence
 from franca.data.loader import Loader
 from franca.models.base import Batch, Model
 from franca.parallel.world import World
@@ -15,18 +15,9 @@ from franca.parallel.world import World
 
 @config
 class ValidationConfig:
-    every: Duration | None = None  # in steps, samples, tokens or epochs; None: only at the end
+    every: RepeatableCadence | None = None  # None: only at the end
     at_end: bool = True
-    micro_samples: int | None = None  # rows per forward pass; None: as in training
-
-
-def problems(validation: ValidationConfig) -> list[str]:
-    found = []
-    if validation.every is not None and (validation.every.unit == "seconds" or not validation.every.value):
-        found.append(f"validation.every: is '{validation.every}'; give it in steps, samples, tokens or epochs, above 0")
-    if validation.micro_samples is not None and validation.micro_samples < 1:
-        found.append(f"validation.micro_samples: is {validation.micro_samples}; it must be at least 1")
-    return found
+    micro_samples: Count | None = None  # rows per forward pass; None: as in training
 
 
 @torch.no_grad()

@@ -1,0 +1,37 @@
+"""All benchmarks, one table: `python -m benchmarks.run [training] [generation] [loader] [start]`. Takes some minutes."""
+
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from benchmarks import generation, loader, start, training
+from benchmarks.table import Row, machine, say, show
+
+GROUPS = {"start": start.rows, "loader": loader.rows, "generation": generation.rows, "training": training.rows}
+
+
+def main(names: list[str]) -> None:
+    unknown = set(names) - set(GROUPS)
+    if unknown:
+        sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are: {', '.join(GROUPS)}")
+    warnings.filterwarnings("ignore")
+    begin, before = time.monotonic(), machine()
+    found: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="franca-bench-") as folder:
+        for name, rows in GROUPS.items():
+            if not names or name in names:
+                say(f"-- {name}")
+                found += rows(Path(folder))
+    print(f"\n{before}\n\n{show(found)}\n")
+    if not names or "training" in names:
+        print(training.note())
+    print(
+        "Medians; ratios are medians over pairs of interleaved measurements. Other work on the machine makes all of it slower.\n"
+        f"Took {time.monotonic() - begin:.0f} s. To repeat: python -m benchmarks.run"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
