@@ -46,6 +46,6 @@ def build(root: Path, name: str, precision: Precision, compile_blocks: bool) -> 
     }
     resolved = loop.resolve(check(loop.RunConfig, values, "benchmark run"), 1)
     folder = RunFolder(resolved.config.run)
-    folder.create()
+    folder.checkpoints.mkdir(parents=True)
     metrics = Metrics(resolved.config.metrics, folder, 1, resolved.total_steps)
     return loop.build(resolved, World(0, 1, 0, torch.device("cpu")), Faults(), folder, 1, metrics)

@@ -28,7 +28,7 @@ def main(names: list[str]) -> None:
     if not names or "training" in names:
         print(training.note())
     print(
-        "Medians; ratios are medians over pairs of interleaved measurements. Other work on the machine makes all of it slower.\n"
+        "Medians; ratios are medians over pairs of interleaved measurements. Other work on the machine slows all of it.\n"
         f"Took {time.monotonic() - begin:.0f} s. To repeat: python -m benchmarks.run"
     )
 

@@ -82,6 +82,6 @@ def _dataset(folder: Path) -> Path:
     train = {"documents": SHARDS * DOCUMENTS, "tokens": SHARDS * SHARD_TOKENS, "bytes": 4 * SHARDS * SHARD_TOKENS}
     none = {"documents": 0, "tokens": 0, "bytes": 0, "shards": 0}
     tokenizer = {"sha256": "0" * 64, "vocab_size": 65536, "bos": None, "eos": 0}
-    sources = {"web": {"train": {**train, "shards": SHARDS}, "validation": none, "skipped": 0}}
+    sources = {"web": {"train": {**train, "shards": SHARDS, "sha256": "0" * 64}, "validation": none, "skipped": 0}}
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "tokenizer": tokenizer, "sources": sources}))
     return folder

@@ -21,6 +21,8 @@ app = typer.Typer(
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="A run file, or an existing run folder to go on with.")]
 Words = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings laid over the file.")]
+Ranks = Annotated[int, typer.Option(help="How many devices, and so processes, it runs on.")]
+Output = Annotated[Path, typer.Argument(help="The folder to make.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -39,21 +41,13 @@ def demo(
 
 
 @app.command(epilog="Example: franca prepare data.yaml output=data/mine validation_share=0.02")
-def prepare(
-    file: Annotated[Path, typer.Argument(metavar="DATA.YAML", help="What to prepare.")],
-    words: Words = None,
-) -> None:
+def prepare(file: Annotated[Path, typer.Argument(metavar="DATA.YAML", help="What to prepare.")], words: Words = None) -> None:
     """Text to a dataset: a tokenizer, token shards, a held-out set."""
     _call("franca.data.prepare:main", file, words or [])
 
 
 @app.command(epilog="Example: franca plan run.yaml --ranks 8 train.batch_samples=256")
-def plan(
-    file: RunFile,
-    words: Words = None,
-    ranks: Annotated[int, typer.Option(help="How many devices it will run on.")] = 1,
-    json: Json = False,
-) -> None:
+def plan(file: RunFile, words: Words = None, ranks: Ranks = 1, json: Json = False) -> None:
     """What a run will take, and every problem that would keep it from finishing."""
     raise typer.Exit(_call("franca.cluster.plan:main", file, words or [], ranks, json))
 
@@ -65,20 +59,13 @@ def train(file: RunFile, words: Words = None) -> None:
 
 
 @app.command(epilog="Example: franca launch run.yaml --ranks 2")
-def launch(
-    file: RunFile,
-    words: Words = None,
-    ranks: Annotated[int, typer.Option(help="How many processes to start here.")] = 1,
-) -> None:
+def launch(file: RunFile, words: Words = None, ranks: Ranks = 1) -> None:
     """Train on several processes of this machine."""
     raise typer.Exit(_call("franca.cluster.local:main", file, words or [], ranks))
 
 
 @app.command(epilog="Example: franca status runs/mine --json")
-def status(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    json: Json = False,
-) -> None:
+def status(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = False) -> None:
     """Where a run stands: step, loss, checkpoints, attempts."""
     _call("franca.cluster.status:main", run, json)
 
@@ -87,9 +74,7 @@ def status(
 def sample(
     source: Annotated[Path, typer.Argument(help="A run, a checkpoint or a Hugging Face folder.")],
     words: Words = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; several times for several.")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be repeated.")] = None,
 ) -> None:
     """Let a model continue a text (from -p, or from standard input)."""
     _call("franca.infer.sample:main", source, prompt or [], words or [])
@@ -98,7 +83,7 @@ def sample(
 @app.command(epilog="Example: franca export runs/mine my-model --precision bf16")
 def export(
     source: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
-    output: Annotated[Path, typer.Argument(help="The Hugging Face folder to make.")],
+    output: Output,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
 ) -> None:
     """Write a Hugging Face folder that transformers loads as it is."""
@@ -109,10 +94,7 @@ def export(
 
 
 @app.command("import", epilog="Example: franca import Llama-3.2-1B imported/llama-1b")
-def import_(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
-    output: Annotated[Path, typer.Argument(help="The run folder to make.")],
-) -> None:
+def import_(source: Annotated[Path, typer.Argument(help="A folder with safetensors.")], output: Output) -> None:
     """A Hugging Face folder as a checkpoint to sample from, or to start from (init_from)."""
     _call("franca.checkpoint.convert:import_folder", source, output)
     print(output)

@@ -25,6 +25,11 @@ from franca.data.sources import CorpusConfig, list_files, read_documents
 
 PROMPTS = ("def __init__(self", "import ", "    for line in ")
 VALIDATION_SHARE = 0.03
+PLACES = """\
+  data.yaml, run.yaml    the settings: point them at your own text and run the commands below again
+  data/                  tokenizer.json, token shards, manifest.json
+  run/                   config.yaml, metrics.jsonl, events.jsonl, train.log, checkpoints/
+  hf/                    the model for transformers: AutoModelForCausalLM.from_pretrained(...)"""
 
 
 def main(folder: Path, steps: int) -> int:
@@ -77,10 +82,10 @@ def write_settings(folder: Path, steps: int) -> tuple[Path, Path]:
         "optim": {"lr": 3e-3, "warmup": f"{max(1, steps // 20)} steps", "final_lr_ratio": 0.05},
         "checkpoint": {"every": f"{max(2, steps // 4)} steps"},
     }
-    paths = folder / "data.yaml", folder / "run.yaml"
-    for path, values in zip(paths, (prepare, train), strict=True):
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return paths
+    data, run = folder / "data.yaml", folder / "run.yaml"
+    data.write_text(yaml.safe_dump(prepare, sort_keys=False))
+    run.write_text(yaml.safe_dump(train, sort_keys=False))
+    return data, run
 
 
 class Script:
@@ -88,12 +93,11 @@ class Script:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shown: list[tuple[str, str]] = []
+        self.shown: list[str] = []
 
     def announce(self, title: str, words: tuple[str, ...]) -> list[str]:
-        command = shlex.join(["franca", *words])
-        self.shown.append((title, command))
-        print(f"\n--- {title}\n$ {command}", flush=True)
+        self.shown.append(shlex.join(["franca", *words]))
+        print(f"\n--- {title}\n$ {self.shown[-1]}", flush=True)
         return [sys.executable, "-m", "franca", *words]
 
     def run(self, title: str, *words: str) -> None:
@@ -112,30 +116,21 @@ class Script:
 
     def epilogue(self, seconds: float) -> None:
         print(f"\n=== Done in {clock_text(seconds)}. Everything lies in {self.folder}:")
-        places = {
-            "data.yaml, run.yaml": "the settings: point them at your own text and run the commands below again",
-            "data/": "tokenizer.json, token shards, manifest.json",
-            "run/": "config.yaml, metrics.jsonl, events.jsonl, train.log, checkpoints/",
-            "hf/": "the model for transformers: AutoModelForCausalLM.from_pretrained(...)",
-        }
-        for name, text in places.items():
-            print(f"  {name:22} {text}")
-        print("\nThe commands were:")
-        for _, command in self.shown:
-            print(f"  {command}")
+        print(PLACES)
+        print("\n  ".join(["\nThe commands were:", *self.shown]))
 
 
 def compare_compression(folder: Path) -> None:
     """Print the model's bits per byte on the held-out text beside those of gzip and xz on the same bytes."""
-    title = "How well does it know text that it never saw? Bits per byte, beside compressors on the same bytes"
     files = list_files("stdlib", corpus())
-    documents = [document for file in files for document in read_documents(file, corpus(), on_bad=lambda reason: None)]
-    text = b"".join(d.text.encode() for d in documents if is_held_out(d.text, VALIDATION_SHARE))
+    texts = [document.text for file in files for document in read_documents(file, corpus(), on_bad=lambda reason: None)]
+    held_out = "".join(text for text in texts if is_held_out(text, VALIDATION_SHARE)).encode()
     manifest = json.loads((folder / "data" / "manifest.json").read_text())
-    if len(text) != manifest["sources"]["stdlib"]["validation"]["bytes"]:
+    if len(held_out) != manifest["sources"]["stdlib"]["validation"]["bytes"]:
         raise SystemExit("the standard library changed while the demonstration ran; run it again")
     measured = current_metrics(RunFolder(folder / "run").validation_metrics)[-1]["bits_per_byte"]
-    sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
-    print(f"\n--- {title}\n  {len(text):,} bytes held out")
-    for name, bits in {"franca": measured, **{name: 8 * size / len(text) for name, size in sizes.items()}}.items():
-        print(f"  {name:8} {bits:.3f} bits per byte")
+    print("\n--- How well does it know text that it never saw? Bits per byte, beside compressors on the same bytes")
+    print(f"  {len(held_out):,} bytes held out\n  franca   {measured:.3f} bits per byte")
+    packed = {"gzip -9": gzip.compress(held_out, 9), "xz -9e": lzma.compress(held_out, preset=9 | lzma.PRESET_EXTREME)}
+    for name, content in packed.items():
+        print(f"  {name:8} {8 * len(content) / len(held_out):.3f} bits per byte")

@@ -2,12 +2,8 @@
 
 import multiprocessing
 import os
-import signal
 import socket
-import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import yaml
+from ranks import Blow, Ranks, train
 
 from franca.core.run import current_metrics
 from franca.data.prepare import PrepareConfig, TokenizerConfig, prepare
@@ -61,55 +58,11 @@ def run_file(tmp_path: Path, dataset: Path) -> Callable[..., Path]:
     return write
 
 
-@dataclass
-class Ranks:
-    """Real processes, one per rank, each in `franca train`."""
-
-    processes: list[Any]
-    folder: Path
-
-    def wait_for_step(self, step: int, timeout_s: float = 60.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while self.step() < step:
-            assert time.monotonic() < deadline, f"step {step} was not reached: {self.folder}"
-            assert any(p.is_alive() for p in self.processes), f"the run ended before step {step}: {self.folder}"
-            time.sleep(0.001)
-
-    def step(self) -> int:
-        try:
-            return max((record["step"] for record in current_metrics(self.folder / "metrics.jsonl")), default=0)
-        except OSError:
-            return 0
-
-    def signal(self, number: int, ranks: list[int] | None = None) -> None:
-        for rank in range(len(self.processes)) if ranks is None else ranks:
-            os.kill(self.processes[rank].pid, number)
-
-    def wait(self, timeout_s: float = 90.0) -> list[int]:
-        deadline = time.monotonic() + timeout_s
-        for process in self.processes:
-            process.join(max(0.1, deadline - time.monotonic()))
-        alive = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
-        self.signal(signal.SIGKILL, alive)
-        assert not alive, f"ranks {alive} did not end within {timeout_s} s: {self.folder}"
-        return [process.exitcode for process in self.processes]
-
-
-def _train(path: Path, words: list[str], variables: dict[str, str], log: Path) -> None:
-    os.environ.update(variables)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    from franca.train.loop import main
-
-    sys.exit(main(path, words))
-
-
 @pytest.fixture
 def launch(tmp_path: Path) -> Callable[..., Ranks]:
     """Start `franca train` on some ranks. Forked, since a fresh interpreter would spend seconds on imports."""
 
-    def start(path: Path, *words: str, ranks: int = 1) -> Ranks:
+    def start(path: Path, *words: str, ranks: int = 1, blow: Blow | None = None) -> Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -118,11 +71,10 @@ def launch(tmp_path: Path) -> Callable[..., Ranks]:
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"} if ranks > 1 else {}
-            log = tmp_path / f"rank{rank}.out"
-            processes.append(fork.Process(target=_train, args=(path, list(words), place | address, log)))
+            arguments = (path, list(words), place | address, tmp_path / f"rank{rank}.out", blow)
+            processes.append(fork.Process(target=train, args=arguments))
             processes[-1].start()
-        folder = Path(yaml.safe_load(path.read_text())["run"])
-        return Ranks(processes, folder)
+        return Ranks(processes, Path(yaml.safe_load(path.read_text())["run"]))
 
     return start
 

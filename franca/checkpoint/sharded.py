@@ -6,7 +6,7 @@ It is given named tensors and refuses to know what they mean. Nothing that a use
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,16 +75,11 @@ class Reader(FileSystemReader):
 
 
 def save(
-    store: Store,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
-    write_beside: Callable[[Path], None],
-    world: World,
+    store: Store, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], beside: Callable[[Path], None], world: World
 ) -> Checkpoint:
     """Write and commit the checkpoint of `step`. Every rank calls it with its part of the same tensors.
 
-    `facts` go into `meta.json`; `write_beside(folder)` adds files (the model's `params.json`, the tokenizer), on rank 0.
+    `facts` go into `meta.json`; `beside(folder)` adds files (the model's `params.json`, the tokenizer), on rank 0.
 
     Raises:
         OSError: on every rank alike, when any rank could not write; the checkpoints before it are untouched.
@@ -94,18 +89,15 @@ def save(
     partial = store.partial(step)
 
     def write() -> dict[str, dict[str, Any]]:
-        before = set(partial.iterdir())
         writer = FileSystemWriter(partial, single_file_per_rank=True, thread_count=1)
-        with _alone(world.size):
-            dcp_save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+        with _alone():
+            dcp_save(tensors, storage_writer=writer, no_dist=world.size == 1)
         if world.is_main:
-            write_beside(partial)
-        mine = [path for path in partial.iterdir() if _written_by(path.name, world.rank) and path not in before]
+            beside(partial)
+        mine = [*partial.glob(f"__{world.rank}_*"), *(partial.glob("[!_]*") if world.is_main else ())]
         return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in mine}
 
-    files: dict[str, Any] = {}
-    for part in _together(world, write):
-        files |= part
+    files = {name: known for part in _together(world, write) for name, known in part.items()}
     meta = {
         **facts,
         "world_size": world.size,
@@ -118,82 +110,74 @@ def save(
     return Checkpoint(store.folder(step))
 
 
-def _written_by(name: str, rank: int) -> bool:
-    return name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))
-
-
 def _together(world: World, act: Callable[[], T]) -> list[T]:
     """Let every rank act; when one fails, all raise. The results of all ranks."""
     result, error = None, None
     try:
         result = act()
-    except CheckpointException as caught:  # PyTorch's, which is no Exception
+    except CheckpointException as caught:  # PyTorch's, which is no Exception; alike on all ranks
         error = _causes(caught)
     except Exception as caught:  # told to the other ranks, which would wait for this one for ever
         error = f"rank {world.rank}: {type(caught).__name__}: {caught}"
-    errors = [text for text in world.gather_objects(error) if text]
-    if errors:
-        raise OSError(f"the checkpoint could not be written: {'; '.join(errors)}")
-    return world.gather_objects(result)
+    results, errors = zip(*world.gather_objects((result, error)), strict=True)
+    if any(errors):
+        raise OSError(f"the checkpoint could not be written: {'; '.join(dict.fromkeys(filter(None, errors)))}")
+    return list(results)
 
 
 def _causes(error: CheckpointException) -> str:
     """What went wrong on each rank; PyTorch's advice to unpickle freely is not passed on."""
-    texts = {
-        rank: "holds what is no tensor: not loaded"
-        if isinstance(cause, pickle.UnpicklingError)
-        else f"{type(cause).__name__}: {cause}"
-        for rank, (cause, _) in error.failures.items()
-    }
-    return "; ".join(f"rank {rank}: {text}" for rank, text in texts.items())
+    texts = []
+    for rank, (cause, _) in error.failures.items():
+        unpickled = isinstance(cause, pickle.UnpicklingError)
+        text = "holds what is no tensor: not loaded" if unpickled else f"{type(cause).__name__}: {cause}"
+        texts.append(f"rank {rank}: {text}")
+    return "; ".join(texts)
 
 
-def newest_good(store: Store, world: World, on_damage: Callable[[Checkpoint, list[str]], None]) -> Checkpoint | None:
-    """The newest checkpoint whose files are all as they were written; every rank checks some of them and all agree."""
-    steps = world.from_main([checkpoint.step for checkpoint in store.committed()])
-    for step in reversed(steps):
+def newest_good(store: Store, world: World) -> tuple[Checkpoint | None, dict[int, list[str]]]:
+    """The newest checkpoint whose files are all as they were written, and the damage of the newer ones by their steps.
+
+    Every rank checks some of the files, and all agree.
+    """
+    damaged: dict[int, list[str]] = {}
+    for step in world.from_main([checkpoint.step for checkpoint in reversed(store.committed())]):
         checkpoint = Checkpoint(store.folder(step))
         damage = [text for found in world.gather_objects(checkpoint.damage(world.rank, world.size)) for text in found]
         if not damage:
-            return checkpoint
-        on_damage(checkpoint, damage)
-    return None
+            return checkpoint, damaged
+        damaged[step] = damage
+    return None, damaged
 
 
-def load(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], num_ranks: int) -> None:
+def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], num_ranks: int) -> None:
     """Fill `tensors`, whole or sharded in any way, in place from a checkpoint of the same names and shapes.
 
     Raises:
         ConfigError: that lists what is missing or of another shape, or says what cannot be read.
     """
     reader = Reader(checkpoint.path)
-    stored = {
-        name: tuple(entry.size)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    problems = [f"{name} is not in it" for name in tensors if name not in stored]
+    index = reader.read_metadata().state_dict_metadata
+    stored = {name: tuple(entry.size) for name, entry in index.items() if isinstance(entry, TensorStorageMetadata)}
+    here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    problems = [f"{name} is not in it" for name in here if name not in stored]
     problems += [
-        f"{name} is {stored[name]} there and {tuple(tensor.shape)} here"
-        for name, tensor in tensors.items()
-        if name in stored and stored[name] != tuple(tensor.shape)
+        f"{name} is {stored[name]} there and {here[name]} here" for name in here if stored.get(name, here[name]) != here[name]
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ConfigError(
-            f"{checkpoint.path}: is a checkpoint of another model: {shown}. Use the model: section it was made with."
-        )
-    with _alone(num_ranks):
+        advice = "Use the model: section it was made with."
+        raise ConfigError(f"{checkpoint.path}: is a checkpoint of another model: {shown}. {advice}")
+    with _alone():
         try:
-            dcp_load(dict(tensors), storage_reader=reader, no_dist=num_ranks == 1)
+            dcp_load(tensors, storage_reader=reader, no_dist=num_ranks == 1)
         except CheckpointException as error:
             raise ConfigError(f"{checkpoint.path}: is damaged: {_causes(error)}") from None
 
 
 @contextmanager
-def _alone(num_ranks: int) -> Iterator[None]:
+def _alone() -> Iterator[None]:
     """One process without a process group is what is meant; PyTorch need not warn of it."""
     with warnings.catch_warnings():
-        if num_ranks == 1:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield

@@ -29,20 +29,14 @@ class Checkpoint:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        return self._json("meta.json")
+        values = read_json(self.path / "meta.json")
+        if values.get("format") != FORMAT:
+            raise ConfigError(f"{self.path}: has checkpoint format {values.get('format')!r}; this franca reads {FORMAT}")
+        return values
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        return self._json("params.json")
-
-    def _json(self, name: str) -> dict[str, Any]:
-        try:
-            values = dict(json.loads((self.path / name).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{self.path / name}: cannot be read ({error}). Is this a committed checkpoint?") from None
-        if name == "meta.json" and values.get("format") != FORMAT:
-            raise ConfigError(f"{self.path}: has checkpoint format {values.get('format')!r}; this franca reads {FORMAT}")
-        return values
+        return read_json(self.path / "params.json")
 
     def damage(self, part: int = 0, parts: int = 1) -> list[str]:
         """What differs from `meta.json`: a missing file, a size, a hash. Checks every `parts`-th file from `part` on."""
@@ -52,9 +46,8 @@ class Checkpoint:
             return [str(error)]
         if meta.get("checksum") != _checksum(meta):
             return ["meta.json has changed since it was written"]
-        files = sorted(meta["files"].items())
         found = []
-        for name, facts in files[part::parts]:
+        for name, facts in sorted(meta["files"].items())[part::parts]:
             file = self.path / name
             if not file.is_file():
                 found.append(f"{name} is missing")
@@ -63,6 +56,14 @@ class Checkpoint:
             elif sha256(file) != facts["sha256"]:
                 found.append(f"{name} has changed since it was written")
         return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ConfigError when there is no such object."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
 
 
 def sha256(path: Path) -> str:
@@ -76,11 +77,11 @@ def _checksum(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
 class Store:
     """The checkpoints of one run."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    root: Path
 
     def folder(self, step: int) -> Path:
         return self.root / f"{step:010d}"
@@ -94,10 +95,8 @@ class Store:
 
     def committed(self) -> list[Checkpoint]:
         """All committed checkpoints, oldest first."""
-        if not self.root.is_dir():
-            return []
-        names = [path for path in self.root.iterdir() if path.name.isdecimal() and (path / "meta.json").is_file()]
-        return [Checkpoint(path) for path in sorted(names, key=lambda path: int(path.name))]
+        steps = [int(meta.parent.name) for meta in self.root.glob("*/meta.json") if meta.parent.name.isdecimal()]
+        return [Checkpoint(self.folder(step)) for step in sorted(steps)]
 
     def begin(self, step: int) -> Path:
         """An empty folder to write a checkpoint to; invisible to readers."""
@@ -126,8 +125,7 @@ class Store:
 
     def retain(self, keep: int | None) -> list[int]:
         """Delete all but the newest `keep` checkpoints (None: keep all); returns the deleted steps."""
-        everything = self.committed()
-        doomed = everything[: -max(1, keep)] if keep is not None else []
+        doomed = self.committed()[: -max(1, keep)] if keep is not None else []
         for checkpoint in doomed:
             self._sweep(checkpoint.path)
         return [checkpoint.step for checkpoint in doomed]
@@ -141,16 +139,14 @@ class Store:
     def tidy(self) -> None:
         """At the start of an attempt: remove what a killed one left half-written or half-deleted, mend sentinels."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for path in self.root.iterdir():
-            if path.name.startswith(".") and path.name.endswith((".partial", ".deleting")):
-                shutil.rmtree(path, ignore_errors=True)
-        steps = {checkpoint.step for checkpoint in self.committed()}
+        for path in (*self.root.glob(".*.partial"), *self.root.glob(".*.deleting")):
+            shutil.rmtree(path, ignore_errors=True)
+        sentinels = {self.sentinel(checkpoint.step) for checkpoint in self.committed()}
         for path in self.root.glob("checkpoint_*.done"):
-            number = path.stem.removeprefix("checkpoint_")
-            if number.isdecimal() and int(number) not in steps:
+            if path not in sentinels and path.stem.removeprefix("checkpoint_").isdecimal():
                 path.unlink()
-        for step in steps:
-            self.sentinel(step).touch()
+        for path in sentinels:
+            path.touch()
 
 
 def find(path: Path) -> Checkpoint:
@@ -159,14 +155,27 @@ def find(path: Path) -> Checkpoint:
     Raises:
         ConfigError: that says what there is instead.
     """
+    store = Store(path / "checkpoints")
     if (path / "meta.json").is_file() and (path / "params.json").is_file():
         return Checkpoint(path)
-    if (path.name.startswith(".") or path.name.isdecimal()) and not (path / "checkpoints").is_dir():
+    if committed := store.committed():
+        return committed[-1]
+    if store.root.is_dir():
+        raise ConfigError(f"{path}: has no committed checkpoint yet")
+    if path.name.startswith(".") or path.name.isdecimal():
         raise ConfigError(f"{path}: is no committed checkpoint (it has no meta.json). Choose another of {path.parent}")
-    committed = Store(path / "checkpoints").committed()
-    if not committed:
-        there = (
-            "has no committed checkpoint yet" if (path / "checkpoints").is_dir() else "is neither a run nor a checkpoint folder"
-        )
-        raise ConfigError(f"{path}: {there}")
-    return committed[-1]
+    raise ConfigError(f"{path}: is neither a run nor a checkpoint folder")
+
+
+def find_whole(path: Path) -> Checkpoint:
+    """`find`, and a look at every byte of it.
+
+    Raises:
+        ConfigError: also for a damaged checkpoint; it names another one of the run if there is one.
+    """
+    checkpoint = find(path)
+    if damage := checkpoint.damage():
+        others = [other.path for other in Store(checkpoint.path.parent).committed() if other.path.name != checkpoint.path.name]
+        advice = f"Use {others[-1]}." if others else "There is no other one beside it."
+        raise ConfigError(f"{checkpoint.path}: is damaged: {'; '.join(damage)}. {advice}")
+    return checkpoint

@@ -4,6 +4,7 @@ torchrun would turn exit code 75 into 1 and cut a save short on a second SIGTERM
 `franca train`, which works under torchrun and srun too.
 """
 
+import math
 import os
 import signal
 import socket
@@ -28,9 +29,7 @@ def main(path: Path, words: list[str], num_ranks: int) -> int:
     ranks = [subprocess.Popen(command, env=_environment(rank, num_ranks, port)) for rank in range(num_ranks)]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        for process in ranks:
-            if process.poll() is None:
-                process.send_signal(number)
+        _signal(ranks, number)
 
     before = {number: signal.signal(number, pass_on) for number in FORWARDED}
     try:
@@ -43,15 +42,10 @@ def main(path: Path, words: list[str], num_ranks: int) -> int:
 def _environment(rank: int, num_ranks: int, port: str) -> dict[str, str]:
     if num_ranks == 1:
         return dict(os.environ)
-    own = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     # Threads of ranks that share cores wait for each other: one each, unless the user says otherwise.
-    return {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ, **own}
+    defaults = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return {**defaults, **os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def _free_port() -> int:
@@ -62,21 +56,23 @@ def _free_port() -> int:
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     """Wait for all; when one fails, the others cannot go on: end them, by force if need be."""
-    deadline = None
+    deadline = math.inf
     while any(process.poll() is None for process in ranks):
         time.sleep(0.05)
-        failed = [process for process in ranks if process.poll() not in (None, EXIT_DONE, EXIT_RESUMABLE)]
-        if failed and deadline is None:
+        failed = any(process.poll() not in (None, EXIT_DONE, EXIT_RESUMABLE) for process in ranks)
+        if failed and deadline == math.inf:
             deadline = time.monotonic() + KILL_AFTER_S
-            for process in ranks:
-                if process.poll() is None:
-                    process.terminate()
-        if deadline is not None and time.monotonic() > deadline:
-            for process in ranks:
-                if process.poll() is None:
-                    process.kill()
-    codes = [process.returncode for process in ranks]
-    for code in (EXIT_CONFIG, EXIT_DONE, EXIT_RESUMABLE):
-        if all(c == code for c in codes) or (code == EXIT_CONFIG and code in codes):
-            return code
-    return next((128 - code if code < 0 else code) for code in codes if code not in (EXIT_DONE, EXIT_RESUMABLE))
+            _signal(ranks, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            _signal(ranks, signal.SIGKILL)
+    codes = {process.returncode for process in ranks}
+    if EXIT_CONFIG in codes:
+        return EXIT_CONFIG
+    code = max(codes - {EXIT_DONE, EXIT_RESUMABLE} or codes)  # one that failed by itself, before those ended by a signal
+    return 128 - code if code < 0 else code
+
+
+def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            process.send_signal(number)

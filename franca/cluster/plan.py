@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from franca.core.errors import ConfigError
-from franca.models.base import Model, count_parameters
+from franca.models.base import count_parameters
 from franca.train.config import RunConfig, read_config, resolve
 from franca.train.optim import STATE_BYTES_PER_PARAMETER
 
@@ -27,18 +27,15 @@ def plan(settings: RunConfig, num_ranks: int) -> dict[str, Any]:
     try:
         resolved = resolve(settings, num_ranks)
     except ConfigError as error:
-        text = str(error)
-        lines = [line.strip() for line in text.splitlines()[1:]] if "\n" in text else [text]
-        return {"problems": lines}
+        title, *lines = str(error).splitlines()
+        return {"problems": [line.strip() for line in lines] or [title]}
     config, timeline = resolved.config, resolved.timeline
     with torch.device("meta"):
-        model = config.model.build()
-    contract: Model = model
+        model: Any = config.model.build()
     counts = count_parameters(model)
     clock = timeline.clock(resolved.total_steps)
-    flops_per_token = contract.flops_per_token(config.data.seq_len)
-    weights_bytes = 4 * counts["total"]
-    states_bytes = STATE_BYTES_PER_PARAMETER * counts["total"]
+    flops_per_token = model.flops_per_token(config.data.seq_len)
+    weights_bytes, states_bytes = 4 * counts["total"], STATE_BYTES_PER_PARAMETER * counts["total"]
     return {
         "params": counts,
         "steps": resolved.total_steps,
@@ -58,7 +55,8 @@ def render(result: dict[str, Any], name: str, num_ranks: int) -> str:
     """The plan for people."""
     if result["problems"]:
         return "\n".join([f"{name}: this run cannot finish:", *(f"  - {problem}" for problem in result["problems"])])
-    params = result["params"]
+    params, checkpoint = result["params"], result["checkpoint"]
+    memory = f"{_size(result['memory']['static_bytes_per_device'])} on each of {num_ranks} device(s), without activations"
     parts = ", ".join(f"{part} {count:,}" for part, count in params.items() if part not in ("total", "non_embedding"))
     rows = [
         ("parameters", f"{params['total']:,} ({params['non_embedding']:,} without embedding and head)"),
@@ -68,14 +66,8 @@ def render(result: dict[str, Any], name: str, num_ranks: int) -> str:
         ("tokens", f"{result['tokens']:,} ({result['epochs']:.3g} epochs)"),
         ("FLOPs per token", f"{result['flops']['per_token']:.4g}"),
         ("FLOPs", f"{result['flops']['total']:.4g}"),
-        (
-            "checkpoint",
-            f"{_size(result['checkpoint']['full_bytes'])}, weights alone {_size(result['checkpoint']['weights_bytes'])}",
-        ),
-        (
-            "static memory",
-            f"{_size(result['memory']['static_bytes_per_device'])} on each of {num_ranks} device(s), without activations",
-        ),
+        ("checkpoint", f"{_size(checkpoint['full_bytes'])}, weights alone {_size(checkpoint['weights_bytes'])}"),
+        ("static memory", memory),
         ("problems", "none found"),
     ]
     return "\n".join([f"{name}:", *(f"  {label:16} {value}" for label, value in rows)])

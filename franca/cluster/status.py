@@ -29,13 +29,12 @@ def status(path: Path) -> dict[str, Any]:
     train = [record for record in current_metrics(folder.metrics) if record["kind"] == "train"]
     held_out = {record["set"]: record for record in current_metrics(folder.validation_metrics)}
     events = list(read_records(folder.events))
-    ends = [event for event in events if event["event"] == "exit"]
     starts = [event for event in events if event["event"] == "start"]
-    ended = bool(ends) and bool(starts) and ends[-1]["attempt"] == starts[-1]["attempt"]
+    ends = [event for event in events if event["event"] == "exit" and event["attempt"] == starts[-1]["attempt"]]
     last = train[-1] if train else None
     return {
         "run": str(path),
-        "state": ends[-1]["reason"] if ended else ("running, or killed" if starts else "not started"),
+        "state": ends[-1]["reason"] if ends else ("running, or killed" if starts else "not started"),
         "step": last["step"] if last else 0,
         "length": read_yaml(folder.config)["train"]["length"],
         "tokens": last["tokens"] if last else 0,
@@ -57,11 +56,7 @@ def render(facts: dict[str, Any]) -> str:
         rows.append(("step", f"{facts['step']} of {facts['length']}, {age} ago: loss {facts['loss']:.4f}"))
         rows.append(("tokens", f"{facts['tokens']:,} at {facts['tokens_per_s']:,.0f} per second"))
     for name, values in facts["validation"].items():
-        rows.append(
-            (
-                f"held out: {name}",
-                f"loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte at step {values['step']}",
-            )
-        )
+        text = f"loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte at step {values['step']}"
+        rows.append((f"held out: {name}", text))
     rows.append(("checkpoints", ", ".join(map(str, facts["checkpoints"])) or "none yet"))
     return "\n".join([facts["run"], *(f"  {label:20} {value}" for label, value in rows)])

@@ -11,7 +11,7 @@ import importlib
 import json
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, dataclass_transform
 
@@ -43,8 +43,8 @@ def config(cls: type[T]) -> type[T]:
 class Choice:
     """Base of an open set of sections told apart by `kind:`.
 
-    A direct subclass opens a set (`class ModelConfig(Choice)`); each class below it with a `kind: Literal["name"]` joins it.
-    A user's own module joins by being named under `imports:`.
+    A direct subclass opens a set (`class ModelConfig(Choice)`); each class below it with a `kind: Literal["name"]` joins it,
+    one of a user's own module by naming the module under `imports:`.
     """
 
     members: ClassVar[dict[str, type]] = {}
@@ -60,60 +60,51 @@ class Choice:
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         if Choice not in cls.__bases__:
             return handler(source)
-        if not cls.members:
-            raise TypeError(f"no module that defines a {cls.__name__} was imported")
-        if len(cls.members) == 1:
-            return handler.generate_schema(next(iter(cls.members.values())))
+        assert cls.members, f"no module that defines a {cls.__name__} was imported"
         union: Any = Union[tuple(cls.members.values())]  # noqa: UP007 (built at run time)
-        return handler.generate_schema(Annotated[union, Field(discriminator="kind")])
+        several = len(cls.members) > 1
+        return handler.generate_schema(Annotated[union, Field(discriminator="kind")] if several else union)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """One YAML file as a plain dict, with its `base:` file (relative to it) merged under it, and so on down."""
-    seen: list[Path] = []
-    layers = []
-    current: Path | None = path
-    while current is not None:
-        if current.resolve() in seen:
-            raise ConfigError(f"{current}: `base:` goes round in a circle ({' -> '.join(map(str, seen))})")
-        seen.append(current.resolve())
-        layer = _read_layer(current)
-        base = layer.pop("base", None)
-        layers.append(layer)
-        if base is not None and not isinstance(base, str):
-            raise ConfigError(f"{current}: base: expected the path of one YAML file, got {base!r}")
-        current = current.parent / base if base is not None else None
-    merged: dict[str, Any] = {}
-    for layer in reversed(layers):
-        merged = merge(merged, layer)
-    return merged
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML file as a plain dict, with its `base:` file (relative to it) merged under it, and so on down.
 
-
-def _read_layer(path: Path) -> dict[str, Any]:
+    `above` are the files that led here by their `base:`.
+    """
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: `base:` goes round in a circle ({' -> '.join(map(str, above))})")
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not a text file. Give the path of a YAML file.") from None
-    try:
-        layer = OmegaConf.to_container(OmegaConf.create(text), resolve=True) if text.strip() else {}
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {str(error).strip()}") from None
-    if not isinstance(layer, dict) or (None in layer.values() and len(layer) == 1 and ":" not in text):
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "is not a text file")
+        raise ConfigError(f"{path}: cannot be read ({reason}). Give the path of a YAML file.") from None
+    layer = _parse(str(path), text) if text.strip() else {}
+    if not isinstance(layer, dict) or (layer and ":" not in text):
         raise ConfigError(f"{path}: expected `key: value` lines, got {text.strip()[:60]!r}")
-    return typing.cast(dict[str, Any], layer)
+    base = layer.pop("base", None)
+    if base is None:
+        return layer
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: expected the path of one YAML file, got {base!r}")
+    return merge(read_yaml(path.parent / base, (*above, path.resolve())), layer)
+
+
+def _parse(where: str, content: str | list[str]) -> Any:
+    """YAML text, or words in OmegaConf's dot-list syntax, as plain types with every `${...}` resolved."""
+    try:
+        values = OmegaConf.create(content) if isinstance(content, str) else OmegaConf.from_dotlist(content)
+        return OmegaConf.to_container(values, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{where}: is not valid YAML: {str(error).strip()}") from None
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` laid on `under`, section by section; a section of another `kind` replaces the whole section below it."""
     result = dict(under)
     for key, value in over.items():
-        below = result.get(key)
-        if isinstance(value, dict) and isinstance(below, dict) and value.get("kind", below.get("kind")) == below.get("kind"):
-            result[key] = merge(below, value)
-        else:
-            result[key] = value
+        below: Any = under.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        result[key] = merge(below, value) if both and value.get("kind", below.get("kind")) == below.get("kind") else value
     return result
 
 
@@ -123,10 +114,7 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
         key, equals, _ = word.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"{word!r}: expected a setting of the form section.key=value, for example optim.lr=3e-4")
-    try:
-        return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(list(words)), resolve=True))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{' '.join(words)}: cannot be understood: {str(error).strip()}") from None
+    return dict(_parse(" ".join(words), list(words)))
 
 
 def load(cls: type[T], path: Path, words: Sequence[str] = ()) -> T:
@@ -149,98 +137,75 @@ def check(cls: type[T], values: dict[str, Any], where: str) -> T:
     try:
         return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        lines = [_explain(cls, problem) for problem in error.errors()]
-        raise ConfigError(_join(where, lines)) from None
+        raise problems_error(where, [_explain(cls, problem) for problem in error.errors()]) from None
     except TypeError as error:  # json: a YAML date, for instance
-        raise ConfigError(
-            f"{where}: holds a value that is no number, text, list or section ({error}). Put it in quotes."
-        ) from None
+        advice = "Put it in quotes."
+        raise ConfigError(f"{where}: holds a value that is no number, text, list or section ({error}). {advice}") from None
 
 
 def problems_error(where: str, problems: Sequence[str]) -> ConfigError:
-    """One error out of a list of problems found by a later check (sizes that do not divide, files that are missing)."""
-    return ConfigError(_join(where, problems))
+    """One error out of a list of problems."""
+    several = f"{len(problems)} problems\n  " if len(problems) > 1 else ""
+    return ConfigError(f"{where}: {several}" + "\n  ".join(problems))
 
 
-def _join(where: str, lines: Sequence[str]) -> str:
-    if len(lines) == 1:
-        return f"{where}: {lines[0]}"
-    return f"{where}: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _explain(cls: type, problem: Any) -> str:
+def _explain(cls: Any, problem: Any) -> str:
     """One of pydantic's errors in our words: `optim.lrr: unknown key (did you mean 'lr'?)`."""
     path, section = _walk(cls, problem["loc"])
-    given = problem["input"]
-    kind = problem["type"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        names = [field.name for field in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
-        return f"{path}: unknown key{_did_you_mean(path.rsplit('.', 1)[-1], names)}"
-    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+    given, kind, context = problem["input"], problem["type"], problem.get("ctx", {})
+    if kind == "unexpected_keyword_argument":
+        known = sorted(field.name for field in dataclasses.fields(section))
+        return f"{path}: unknown key" + (_did_you_mean(problem["loc"][-1], known) or f" (known here: {', '.join(known)})")
+    if kind == "missing":
         return f"{path}: is required and was not given"
-    if kind == "union_tag_invalid":
-        allowed = sorted(section.members)
-        given_kind = given.get("kind") if isinstance(given, dict) else given
-        return f"{path}.kind: {given_kind!r} is not one of {', '.join(allowed)}{_did_you_mean(str(given_kind), allowed)}"
-    if kind == "union_tag_not_found":
-        return f"{path}.kind: is required and was not given; one of {', '.join(sorted(section.members))}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        allowed, name = sorted(section.members), given.get("kind")
+        wrong = "is required and was not given;" if name is None else f"{name!r} is not"
+        return f"{path}.kind: {wrong} one of {', '.join(allowed)}{_did_you_mean(name, allowed)}"
     if kind == "value_error":
-        return f"{path}: {problem['ctx']['error']}"
+        return f"{path}: {context['error']}"
     if kind == "literal_error":
-        return f"{path}: {given!r} is not one of {problem['ctx']['expected']}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{path}: {message}, got {given!r} ({type(given).__name__})"
+        return f"{path}: {given!r} is not one of {context['expected']}"
+    return f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {given!r} ({type(given).__name__})"
 
 
-def _did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    names = sorted(allowed)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if close:
-        return f" (did you mean {close[0]!r}?)"
-    return f" (known here: {', '.join(names)})" if names else ""
+def _did_you_mean(word: Any, known: Sequence[str]) -> str:
+    return "".join(f" (did you mean {close!r}?)" for close in difflib.get_close_matches(str(word), known, n=1))
 
 
-def _walk(cls: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
-    """The dotted path a user would write for pydantic's location, and the section that holds its last part."""
-    path, section, current = "", cls, cls
+def _walk(cls: Any, location: Sequence[int | str]) -> tuple[str, Any]:
+    """The dotted path a user would write for pydantic's location, and the section that is, or holds, its last part."""
+    path, section, hint = "", cls, cls
     for part in location:
-        current = _unwrap(current)
-        if _is_open(current) and part in current.members:
-            current = section = current.members[str(part)]  # pydantic puts the kind into the path; a user does not
-        elif isinstance(part, int):
-            path, current = f"{path}[{part}]", next(iter(typing.get_args(current)), Any)
+        if Choice in getattr(hint, "__bases__", ()):
+            several = len(hint.members) > 1  # pydantic then puts the kind into the path; a user does not
+            hint = section = hint.members[part] if several else next(iter(hint.members.values()))
+            if several:
+                continue
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+        if dataclasses.is_dataclass(hint):
+            section, hint = hint, typing.get_type_hints(hint).get(str(part))
         else:
-            path = f"{path}.{part}" if path else part
-            section = next(iter(current.members.values())) if _is_open(current) else current
-            if dataclasses.is_dataclass(section):
-                current = typing.get_type_hints(section).get(part, Any)
-            else:
-                current = (*typing.get_args(section), Any, Any)[1]  # dict[str, X]
-    current = _unwrap(current)
-    return path or "(top level)", current if _is_open(current) else section
+            hint = _inner(hint)
+        if typing.get_origin(hint) in (Union, types.UnionType):
+            hint = _inner(hint)
+    return path.removeprefix(".") or "(top level)", hint if hasattr(hint, "members") else section
 
 
-def _is_open(hint: Any) -> bool:
-    """Whether a type is the base of an open choice."""
-    return isinstance(hint, type) and Choice in hint.__bases__
-
-
-def _unwrap(hint: Any) -> Any:
-    """`X | None` as X."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        return inner[0] if len(inner) == 1 else hint
-    return hint
+def _inner(hint: Any) -> Any:
+    """X of `X | None`, `tuple[X, ...]` and `dict[str, X]`."""
+    return [*typing.get_args(hint), None][1 if typing.get_origin(hint) is dict else 0]
 
 
 def to_dict(value: Any) -> dict[str, Any]:
     """A config as plain YAML types; `check` of it gives back an equal config."""
-    return typing.cast(dict[str, Any], TypeAdapter(type(value)).dump_python(value, mode="json"))
+    return TypeAdapter(type(value)).dump_python(value, mode="json")
 
 
 def to_yaml(value: Any) -> str:
-    """A config as YAML, in the order of its fields."""
-    return yaml.safe_dump(to_dict(value), sort_keys=False, allow_unicode=True)
+    """A config as YAML, in the order of its fields; a `${` in a text is escaped, so that it is read as itself."""
+    escaped = json.loads(json.dumps(to_dict(value)).replace("${", "\\\\${"))
+    return yaml.safe_dump(escaped, sort_keys=False, allow_unicode=True)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -16,15 +16,11 @@ from pydantic_core import core_schema
 Unit = Literal["steps", "samples", "tokens", "epochs", "seconds"]
 
 _PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_COUNTED: tuple[Unit, ...] = ("steps", "samples", "tokens", "epochs")
+_SECONDS = {1: "s sec second seconds", 60: "min minute minutes", 3600: "h hour hours", 86400: "d day days"}
 _UNITS: dict[str, tuple[Unit, int]] = {
-    **dict.fromkeys(("step", "steps"), ("steps", 1)),
-    **dict.fromkeys(("sample", "samples"), ("samples", 1)),
-    **dict.fromkeys(("token", "tokens"), ("tokens", 1)),
-    **dict.fromkeys(("epoch", "epochs"), ("epochs", 1)),
-    **dict.fromkeys(("s", "sec", "second", "seconds"), ("seconds", 1)),
-    **dict.fromkeys(("min", "minute", "minutes"), ("seconds", 60)),
-    **dict.fromkeys(("h", "hour", "hours"), ("seconds", 3600)),
-    **dict.fromkeys(("d", "day", "days"), ("seconds", 86400)),
+    **{name: (unit, 1) for unit in _COUNTED for name in (unit, unit[:-1])},
+    **{name: ("seconds", factor) for factor, names in _SECONDS.items() for name in names.split()},
 }
 _PATTERN = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([kKMBGT]?)\s+([a-zA-Z]+)\s*")
 _ALLOWED = "a number and a unit, for example '2000 steps', '5M samples', '260B tokens', '2 epochs', '20 min'"
@@ -99,9 +95,6 @@ def crossed(every: Duration, before: Clock, after: Clock) -> bool:
 
     It needs no memory: after a resume the same multiples are crossed at the same steps.
     """
-    return _multiples(every, after) > _multiples(every, before)
-
-
-def _multiples(every: Duration, clock: Clock) -> int:
-    """Multiples of `every` passed so far; the hair on top is for fractions of an epoch: 0.3 / 0.1 is 2.9999999999999996."""
-    return math.floor(clock.read(every.unit) / every.value * (1 + 1e-15))
+    hair = 1 + 1e-15  # for fractions of an epoch: 0.3 / 0.1 is 2.9999999999999996
+    passed_before, passed = (math.floor(clock.read(every.unit) / every.value * hair) for clock in (before, after))
+    return passed > passed_before

@@ -20,7 +20,7 @@ class Device:
     power_w: float
 
 
-_TABLE = (
+TABLE = (
     Device("V100-SXM2-32GB", None, None, 32 * GIB, 0.9e12, 300),
     Device("A100-SXM4-40GB", 312 * TERA, None, 40 * GIB, 1.555e12, 400),
     Device("A100-SXM4-64GB", 312 * TERA, None, 64 * GIB, 1.64e12, 440),
@@ -42,10 +42,5 @@ _TABLE = (
 
 def find(name: str) -> Device | None:
     """The device whose table name is in `name` (as the driver reports it); the longest wins, None when there is none."""
-    matches = [device for device in _TABLE if device.name.lower() in name.lower()]
+    matches = [device for device in TABLE if device.name.lower() in name.lower()]
     return max(matches, key=lambda device: len(device.name), default=None)
-
-
-def known() -> tuple[Device, ...]:
-    """Every device of the table."""
-    return _TABLE

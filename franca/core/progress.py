@@ -14,21 +14,16 @@ class Progress(Protocol):
     def __call__(self, done: float, text: str = "") -> None: ...
 
 
-def on_terminal() -> bool:
-    return sys.stderr.isatty()
-
-
 def clock_text(seconds: float) -> str:
     """Seconds as 1:02:03 or 2:03."""
-    whole = max(0, round(seconds))
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 @contextmanager
 def progress(title: str, total: float, every_s: float = 10.0) -> Iterator[Progress]:
     """Yield `show(done, text)`; `done` counts up to `total` in whatever unit the caller chose."""
-    if not on_terminal():
+    if not sys.stderr.isatty():
         yield _lines(title, total, every_s)
         return
     from rich.console import Console
@@ -43,8 +38,7 @@ def progress(title: str, total: float, every_s: float = 10.0) -> Iterator[Progre
 
 
 def _lines(title: str, total: float, every_s: float) -> Progress:
-    begin = time.monotonic()
-    last = begin
+    begin = last = time.monotonic()
 
     def show(done: float, text: str = "") -> None:
         nonlocal last

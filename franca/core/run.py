@@ -5,30 +5,28 @@ What it refuses to know: what the records mean. Files get the user's umask; a re
 
 import fcntl
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
 
 from franca.core.errors import ConfigError
 
 
-def write_atomically(path: Path, content: str | bytes | Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that `path` is either the old file or the whole new one, also after a crash or on a full disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -51,24 +49,12 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
     line = orjson.dumps(dict(record), option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        _cut_torn_line(file)
+        if size := file.seek(0, os.SEEK_END):
+            with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as lines:
+                whole = lines.rfind(b"\n") + 1
+            if whole < size:
+                file.truncate(whole)
         file.write(line)
-
-
-def _cut_torn_line(file: IO[bytes]) -> None:
-    end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) == b"\n":
-        return
-    keep, position = 0, end
-    while position > 0 and not keep:
-        start = max(0, position - 65536)
-        file.seek(start)
-        keep = file.read(position - start).rfind(b"\n") + 1
-        keep, position = (start + keep if keep else 0), start
-    file.truncate(keep)
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -159,9 +145,9 @@ class RunFolder:
             copy = partial / package.name / file.relative_to(package)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
+        tracked = _git(package, "ls-files", "__init__.py")  # nothing for a package that only lies inside a foreign checkout
         for name, words in (("git_commit.txt", ["rev-parse", "HEAD"]), ("git.diff", ["diff", "HEAD", "--", "."])):
-            output = _git(package, words)
-            if output:
+            if tracked and (output := _git(package, *words)):
                 (partial / name).write_text(output)
         os.rename(partial, target)
         return fingerprint
@@ -170,21 +156,16 @@ class RunFolder:
         """Record where this attempt runs. `facts` comes from an allow-list: the whole environment is never written."""
         versions = {}
         for name in ("torch", "numpy", "tokenizers", "safetensors", "transformers", "pydantic", "omegaconf"):
-            try:
+            with suppress(metadata.PackageNotFoundError):
                 versions[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
         record = orjson.dumps({**facts, "packages": versions}, option=orjson.OPT_INDENT_2)
         write_atomically(self.environment, record)
 
 
-def _git(folder: Path, words: list[str]) -> str:
-    """What git says about the package, or nothing where it is not under version control."""
+def _git(folder: Path, *words: str) -> str:
+    """What git prints, or nothing where there is no git."""
     try:
         command = ["git", "-C", str(folder), *words]
-        tracked = subprocess.run([*command[:3], "ls-files", "__init__.py"], capture_output=True, text=True, timeout=30)
-        if tracked.returncode or not tracked.stdout:
-            return ""
-        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""

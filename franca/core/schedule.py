@@ -47,11 +47,9 @@ def batch_stages(batch_samples: int, ramp: BatchRamp | None) -> tuple[Stage, ...
     if ramp.over.unit != "samples":
         raise ValueError(f"batch_ramp.over is '{ramp.over}'; a ramp is measured in samples, for example '5M samples'")
     growth = batch_samples - ramp.start
-    if growth <= 0 or growth % ramp.increment:
-        raise ValueError(
-            f"batch_ramp goes from {ramp.start} to {batch_samples} in increments of {ramp.increment}: "
-            "the difference must be a positive multiple of the increment"
-        )
+    if min(growth, ramp.start, ramp.increment) < 1 or growth % ramp.increment:
+        given = f"goes from {ramp.start} to {batch_samples} in increments of {ramp.increment}"
+        raise ValueError(f"batch_ramp {given}: the difference must be a positive multiple of the increment")
     total = int(ramp.over.value)
     per_increment = total / (growth // ramp.increment)
     stages = [Stage(0, 0, ramp.start)]
@@ -79,7 +77,7 @@ class Timeline:
     epoch_samples: int
 
     def _stage(self, step: int) -> Stage:
-        return self.stages[bisect.bisect_right([stage.step for stage in self.stages], step) - 1]
+        return self.stages[bisect.bisect_right(self.stages, step, key=lambda stage: stage.step) - 1]
 
     def batch_samples(self, step: int) -> int:
         """Samples that step `step` (counted from 0) takes."""
@@ -116,8 +114,7 @@ class Timeline:
         if duration.unit == "steps":
             return int(duration.value)
         samples = self.samples(duration)
-        starts = [stage.samples for stage in self.stages]
-        stage = self.stages[max(0, bisect.bisect_right(starts, samples) - 1)]
+        stage = self.stages[bisect.bisect_right(self.stages, samples, key=lambda stage: stage.samples) - 1]
         whole, rest = divmod(samples - stage.samples, stage.batch_samples)
         return stage.step + whole + (1 if rest and duration.unit == "epochs" else 0)
 

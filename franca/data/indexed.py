@@ -9,6 +9,7 @@ A dataset folder: `manifest.json` (written last: without it the folder is not a 
 """
 
 import bisect
+import hashlib
 import json
 import mmap
 import os
@@ -45,30 +46,23 @@ class Shard:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        self.bin_path = prefix.with_name(prefix.name + ".bin")
-        self.idx_path = prefix.with_name(prefix.name + ".idx")
+        self.bin_path, self.idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         try:
             bin_bytes = self.bin_path.stat().st_size
-            idx_bytes = self.idx_path.stat().st_size
             with open(self.idx_path, "rb") as file:
-                header = file.read(HEADER.size)
-                self.dtype, self.num_documents = self._parse(header, idx_bytes)
+                self.dtype, self.num_documents = self._parse(file.read(HEADER.size), self.idx_path.stat().st_size)
                 tokens_end = self._last_end(file)
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}). Is the dataset whole?") from None
         if tokens_end != bin_bytes:
-            raise ConfigError(
-                f"{self.bin_path}: has {bin_bytes} bytes, but its index says {tokens_end}: it is truncated or belongs to "
-                "another index. Prepare the dataset again or copy the file again."
-            )
+            reason = "it is truncated or belongs to another index. Prepare the dataset again or copy the file again."
+            raise ConfigError(f"{self.bin_path}: has {bin_bytes} bytes, but its index says {tokens_end}: {reason}")
         self.num_tokens = bin_bytes // self.dtype.itemsize
 
     def _parse(self, header: bytes, idx_bytes: int) -> tuple[np.dtype[Any], int]:
         if header.startswith(LEGACY_MAGIC):
-            raise ConfigError(
-                f"{self.idx_path}: is in the legacy fairseq format (TNTIDX), which is not read. "
-                "Prepare the text again, or convert the file with Megatron-LM's --dataset-impl mmap."
-            )
+            advice = "Prepare the text again, or convert the file with Megatron-LM's --dataset-impl mmap."
+            raise ConfigError(f"{self.idx_path}: is in the legacy fairseq format (TNTIDX), which is not read. {advice}")
         if not MAGIC.startswith(header[: len(MAGIC)]):
             raise ConfigError(f"{self.idx_path}: wrong magic {header[:9]!r}, expected {MAGIC!r}: is not a Megatron index")
         if len(header) < HEADER.size:
@@ -84,11 +78,12 @@ class Shard:
         return np.dtype(DTYPES[code]), num_sequences
 
     def _last_end(self, idx: IO[bytes]) -> int:
+        """The byte at which the last document ends, by the index."""
         if self.num_documents == 0:
             return 0
-        idx.seek(HEADER.size + 4 * (self.num_documents - 1))
+        idx.seek(HEADER.size + 4 * self.num_documents - 4)
         (length,) = struct.unpack("<i", idx.read(4))
-        idx.seek(HEADER.size + 4 * self.num_documents + 8 * (self.num_documents - 1))
+        idx.seek(HEADER.size + 12 * self.num_documents - 8)
         (offset,) = struct.unpack("<q", idx.read(8))
         return int(offset) + int(length) * self.dtype.itemsize
 
@@ -97,8 +92,9 @@ class Shard:
         """All tokens, memory-mapped: (num_tokens,)."""
         if self.num_tokens == 0:
             return np.empty(0, self.dtype)
-        mapped = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
-        return mapped.view(np.ndarray)  # the same pages: slicing a memmap object takes ten times as long
+        return np.memmap(self.bin_path, self.dtype, "r").view(
+            np.ndarray
+        )  # the same pages: slicing a memmap object takes ten times as long
 
     @cached_property
     def document_offsets(self) -> memoryview:
@@ -127,36 +123,41 @@ class ShardWriter:
     """Writes one `.bin/.idx` pair. Nothing is visible under its name before `commit`; the index comes last."""
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
-        self.shard_prefix, self.dtype = prefix, dtype
+        self.prefix, self.dtype = prefix, dtype
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.bin_path = prefix.with_name(prefix.name + ".bin")
-        self.partial = prefix.with_name(prefix.name + ".bin.partial")
+        self.partial = Path(f"{prefix}.bin.partial")
         self.file = open(self.partial, "wb")  # noqa: SIM115 (closed by commit or abandon)
         self.lengths: list[NDArray[np.int32]] = []
         self.num_tokens = 0
+        self.hash = hashlib.sha256()
 
     def add(self, documents: list[NDArray[Any]]) -> None:
         """Append documents, each an array of token ids (length,); empty ones are kept."""
         if not documents:
             return
         tokens = np.concatenate(documents).astype(self.dtype, casting="unsafe")
-        self.file.write(tokens.tobytes())
+        content = tokens.tobytes()
+        self.hash.update(content)
+        self.file.write(content)
         self.lengths.append(np.fromiter(map(len, documents), np.int32, len(documents)))
         self.num_tokens += len(tokens)
 
-    def commit(self) -> None:
-        """Make the pair visible. Raises OSError (disk full, for instance) with nothing visible."""
+    def commit(self) -> str:
+        """Make the pair visible; returns the SHA-256 of its tokens' bytes and then its documents' lengths (int32).
+
+        Raises OSError (disk full, for instance) with nothing visible.
+        """
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         lengths = np.concatenate(self.lengths) if self.lengths else np.empty(0, np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-        offsets = ends - lengths.astype(np.int64) * self.dtype.itemsize
-        header = HEADER.pack(MAGIC, 1, _CODES[self.dtype], len(lengths), len(lengths) + 1)
+        self.hash.update(lengths.tobytes())
+        bytes_before = (np.cumsum(lengths, dtype=np.int64) - lengths) * self.dtype.itemsize
         bounds = np.arange(len(lengths) + 1, dtype=np.int64)
-        self.partial.replace(self.bin_path)
-        index = header + lengths.tobytes() + offsets.tobytes() + bounds.tobytes()
-        write_atomically(self.shard_prefix.with_name(self.shard_prefix.name + ".idx"), index)
+        header = HEADER.pack(MAGIC, 1, _CODES[self.dtype], len(lengths), len(bounds))
+        self.partial.replace(f"{self.prefix}.bin")
+        write_atomically(Path(f"{self.prefix}.idx"), header + lengths.tobytes() + bytes_before.tobytes() + bounds.tobytes())
+        return self.hash.hexdigest()
 
     def abandon(self) -> None:
         self.file.close()
@@ -182,12 +183,18 @@ class Dataset:
             return dict(json.loads(path.read_text()))
         except FileNotFoundError:
             raise ConfigError(f"{self.root}: has no manifest.json: it is no finished dataset. Run: franca prepare") from None
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}: is not valid JSON ({error}). Prepare the dataset again.") from None
 
     @property
     def tokenizer_path(self) -> Path:
         return self.root / "tokenizer.json"
+
+    @property
+    def train_hash(self) -> str:
+        """A hash of all training tokens and documents: the dataset's identity, whatever its folder is called."""
+        hashes = [entry["train"]["sha256"] for entry in self.manifest["sources"].values()]
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     def shards(self, split: str, source: str) -> list[Shard]:
         """The shards of one source in the manifest's order; split is `train` or `validation`."""
@@ -195,8 +202,6 @@ class Dataset:
         shards = [Shard(self.root / split / source / f"{number:05d}") for number in range(entry["shards"])]
         found = sum(shard.num_tokens for shard in shards)
         if found != entry["tokens"]:
-            raise ConfigError(
-                f"{self.root / split / source}: holds {found} tokens, but the manifest says {entry['tokens']}. "
-                "Prepare the dataset again."
-            )
+            wrong = f"holds {found} tokens, but the manifest says {entry['tokens']}"
+            raise ConfigError(f"{self.root / split / source}: {wrong}. Prepare the dataset again.")
         return shards

@@ -4,9 +4,10 @@ What it refuses to know: devices, models, epochs, mixtures (those are the order'
 """
 
 import bisect
+import resource
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +25,7 @@ from franca.data.order import Order, Source
 IGNORE = -100  # the target of a position that is not trained on
 
 Rows = NDArray[np.int64]
+Attention = Literal["causal", "document"]
 
 
 @config
@@ -41,7 +43,7 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...]
     seq_len: Count = 2048  # tokens per row
-    attention: Literal["causal", "document"] = "causal"
+    attention: Attention = "causal"
     seed: int = 0
 
 
@@ -64,23 +66,15 @@ class Batch:
 
     def part(self, first: int, count: int) -> "Batch":
         """The rows [first, first + count), as views."""
-        arrays = (self.tokens_BT, self.targets_BT, self.document_BT, self.position_BT)
-        tokens, targets, document, position = (a[first : first + count] if a is not None else None for a in arrays)
-        assert tokens is not None
-        assert targets is not None
-        return Batch(tokens, targets, document, position)
+        rows: dict[str, Any] = {name: None if a is None else a[first : first + count] for name, a in vars(self).items()}
+        return Batch(**rows)
 
 
 class Loader:
     """Rows by number. `shards[s]` are the shards of the order's source s; samples from `stop` on are empty rows."""
 
     def __init__(
-        self,
-        order: Order,
-        shards: Sequence[Sequence[Shard]],
-        timeline: Timeline,
-        stop: int,
-        attention: Literal["causal", "document"] = "causal",
+        self, order: Order, shards: Sequence[Sequence[Shard]], timeline: Timeline, stop: int, attention: Attention = "causal"
     ) -> None:
         self.order, self.shards, self.timeline, self.stop = order, shards, timeline, stop
         self.documents = attention == "document"
@@ -135,19 +129,15 @@ class Loader:
 
     def ahead(self, steps: range, rank: int, size: int, depth: int = 2) -> Iterator[Batch]:
         """The batches of `steps`, read up to `depth` steps ahead by a thread."""
-        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
-            pending: deque[Future[Batch]] = deque()
-            todo = iter(steps)
-            try:
-                while True:
-                    while len(pending) < depth and (step := next(todo, None)) is not None:
-                        pending.append(pool.submit(self.batch, step, rank, size))
-                    if not pending:
-                        return
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        pending = deque(pool.submit(self.batch, step, rank, size) for step in steps[:depth])
+        try:
+            for number in range(len(steps)):
+                batch = pending.popleft().result()
+                pending.extend(pool.submit(self.batch, step, rank, size) for step in steps[number + depth :][:1])
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -197,14 +187,25 @@ def open_plan(data: DataConfig) -> Plan:
         if theirs != ours:
             raise ConfigError(f"data.sources: {dataset.root} and {datasets[0].root} were made with different tokenizers")
         group = [shard for name in dataset.manifest["sources"] for shard in dataset.shards("train", name)]
-        name = f"{dataset.root.name}#{len(sources)}"
-        sources.append(Source(name, tuple(s.num_tokens for s in group), entry.weight, entry.max_epochs))
+        name = f"{dataset.train_hash}#{len(sources)}"
+        counts = tuple(shard.num_tokens for shard in group)
+        sources.append(Source(name, counts, entry.weight, entry.max_epochs, label=str(dataset.root)))
         shards.append(tuple(group))
     try:
         order = Order(sources, data.seq_len, data.seed)
     except ValueError as error:
         raise ConfigError(f"data.sources: {error}") from None
+    _allow_open_files(2 * sum(map(len, shards)))
     return Plan(datasets, order, tuple(shards))
+
+
+def _allow_open_files(number: int) -> None:
+    """Make room for `number` more open files, as far as is allowed: every memory map keeps one, and 1024 is a usual limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def validation_sets(plan: Plan, data: DataConfig) -> dict[str, tuple[Loader, dict[str, Any]]]:

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 Words = NDArray[np.uint64]
+
+SMALLEST_SHARE = 1e-6  # of a mixture: the samples of a block are counted one by one, so a block must fit into memory
 
 _MIX1, _MIX2, _GOLDEN = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
 _ROUND_KEYS = [np.uint64(number * 0x9E3779B97F4A7C15 % 2**64) for number in range(6)]
@@ -68,20 +69,20 @@ def _feistel(values: Words, bits: Words, key: Words) -> Words:
 
 @dataclass(frozen=True)
 class Source:
-    """What the order must know of one corpus: a name, the token counts of its shards, its share and its limit."""
+    """What the order must know of one corpus: its identity, the token counts of its shards, its share and its limit.
+
+    `name` decides the order with the rest; `label` is what messages call the source, its name if there is none.
+    """
 
     name: str
     shard_tokens: tuple[int, ...]
     weight: float | None = None
     max_epochs: float = 1.0
+    label: str = ""
 
     @cached_property
     def num_tokens(self) -> int:
         return sum(self.shard_tokens)
-
-    def num_rows(self, seq_len: int) -> int:
-        """Rows of one epoch; the last one may be short."""
-        return -(-self.num_tokens // seq_len)
 
 
 @dataclass(frozen=True)
@@ -107,30 +108,38 @@ class Order:
 
     def __init__(self, sources: Sequence[Source], seq_len: int, seed: int = 0, shuffle: bool = True) -> None:
         self.sources, self.seq_len, self.seed, self.shuffle = tuple(sources), seq_len, seed, shuffle
-        rows = np.array([source.num_rows(seq_len) for source in sources], np.int64)
-        if not rows.sum():
-            raise ValueError(f"the sources {[source.name for source in sources]} hold no tokens")
+        self._tokens = np.array([source.num_tokens for source in sources], np.int64)
+        rows = -(-self._tokens // seq_len)  # of one epoch; the last one may be short
+        labels = [source.label or source.name for source in sources]
         weights = [source.weight for source in sources]
+        if not rows.sum():
+            raise ValueError(f"the sources {labels} hold no tokens")
         if any(weight is not None for weight in weights) and None in weights:
             raise ValueError("either every source has a weight or none has")
         self.epoch_samples = int(rows.sum())
         if weights[0] is None:  # one stream: the sources lie one behind the other
             self._stream_rows = np.array([self.epoch_samples], np.int64)
             self._cumulative = np.array([0.0, 1.0])
+            self._limits = [(" + ".join(labels), min(source.max_epochs for source in sources))]
         else:
             shares = np.array(weights, np.float64)
             if not (np.isfinite(shares).all() and (shares > 0).all()):
                 raise ValueError(f"weights must be above zero, got {weights}")
             if not rows.all():
-                raise ValueError(f"source {self.sources[int(np.argmin(rows))].name!r} holds no tokens")
+                raise ValueError(f"source {labels[int(np.argmin(rows))]!r} holds no tokens")
+            shares /= shares.sum()
+            if shares.min() < SMALLEST_SHARE:
+                rare = f"the weight of {labels[int(np.argmin(shares))]} is {shares.min():.1g} of the sum"
+                raise ValueError(f"{rare}; at least {SMALLEST_SHARE:g} is needed. Raise it, or leave the source out.")
             self._stream_rows = rows
-            self._cumulative = np.concatenate([[0.0], np.cumsum(shares / shares.sum())])
+            self._limits = [(label, source.max_epochs) for label, source in zip(labels, sources, strict=True)]
+            self._cumulative = np.concatenate([[0.0], np.cumsum(shares)])
             self._cumulative[-1] = 1.0
         self._row_offsets = np.concatenate([[0], np.cumsum(rows)])
-        self._tokens = np.array([source.num_tokens for source in sources], np.int64)
+        names = [source.name for source in sources] if len(self._stream_rows) > 1 else ["all"]
+        self._stream_keys = np.array([_key(seed, "rows", name) for name in names], np.uint64)
         # A block in which every stream has at least two places never rounds to a negative count.
-        smallest = float(np.diff(self._cumulative).min())
-        self._block = max(1024, int(np.ceil(2 / smallest)))
+        self._block = max(1024, int(np.ceil(2 / np.diff(self._cumulative).min())))
 
     def _taken(self, samples: Indices) -> NDArray[np.int64]:
         """Samples of each stream (and, before it, of all streams to its left) among the first `samples`: (n, streams + 1)."""
@@ -165,44 +174,31 @@ class Order:
         starts = row * self.seq_len
         return Spans(stream, starts, np.minimum(self.seq_len + 1, self._tokens[stream] - starts), epochs)
 
-    @cached_property
-    def _stream_keys(self) -> NDArray[np.uint64]:
-        names = [source.name for source in self.sources] if len(self._stream_rows) > 1 else ["all"]
-        return np.array([_key(self.seed, "rows", name) for name in names], np.uint64)
-
     def rows_needed(self, samples: int) -> list[tuple[str, int, int, float]]:
-        """For the first `samples` samples: (stream, rows needed, rows per epoch, max_epochs) of every stream."""
+        """For the first `samples` samples: (label, rows needed, rows per epoch, max_epochs) of every stream."""
         begun = samples // self._block * self._block
         needed = np.diff(self._taken(np.array([begun])), axis=1)[0]
         stream, number = self._streams(np.arange(begun, samples))
         np.maximum.at(needed, stream, number + 1)
-        if len(self._stream_rows) == 1:
-            name, limit = " + ".join(source.name for source in self.sources), min(s.max_epochs for s in self.sources)
-            return [(name, samples, self.epoch_samples, limit)]
-        facts = zip(self.sources, needed.tolist(), self._stream_rows.tolist(), strict=True)
-        return [(source.name, count, rows, source.max_epochs) for source, count, rows in facts]
+        facts = zip(self._limits, needed.tolist(), self._stream_rows.tolist(), strict=True)
+        return [(label, count, rows, limit) for (label, limit), count, rows in facts]
 
     def shortages(self, samples: int) -> list[str]:
         """One line for every stream that a run of `samples` samples would take more often than its max_epochs."""
         lines = []
-        for name, needed, rows, limit in self.rows_needed(samples):
+        for label, needed, rows, limit in self.rows_needed(samples):
             missing = needed - int(rows * Fraction(str(limit)))  # as the user wrote it: 0.29 of 100 rows are 29, not 28
             if missing > 0:
-                lines.append(
-                    f"data.sources: {name} has {rows:,} rows of {self.seq_len} tokens and max_epochs {limit:g}, but the run "
-                    f"takes {needed:,} rows: {missing * self.seq_len:,} tokens are missing. Add data, raise max_epochs "
-                    f"(to {-(-1000 * needed // rows) / 1000:.12g}) or shorten the run."
-                )
+                given = f"{label} has {rows:,} rows of {self.seq_len} tokens and max_epochs {limit:g}"
+                lack = f"the run takes {needed:,} rows: {missing * self.seq_len:,} tokens are missing"
+                advice = f"Add data, raise max_epochs (to {-(-1000 * needed // rows) / 1000:.12g}) or shorten the run."
+                lines.append(f"data.sources: {given}, but {lack}. {advice}")
         return lines
 
     @cached_property
     def fingerprint(self) -> str:
         """The plan's hash: everything that decides which tokens a sample holds. Limits do not: they may be raised."""
-        plan: dict[str, Any] = {
-            "version": 1,  # raised whenever the order of the same plan changes
-            "seed": self.seed,
-            "seq_len": self.seq_len,
-            "shuffle": self.shuffle,
-            "sources": [[source.name, list(source.shard_tokens), source.weight] for source in self.sources],
-        }
+        version = 1  # raised whenever the order of the same plan changes
+        sources = [[source.name, list(source.shard_tokens), source.weight] for source in self.sources]
+        plan = {"version": version, "seed": self.seed, "seq_len": self.seq_len, "shuffle": self.shuffle, "sources": sources}
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()

@@ -7,20 +7,26 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
 
 from franca import __version__
-from franca.core.config import config, load, to_dict
+from franca.core.config import Count, config, load, to_dict
 from franca.core.errors import ConfigError
 from franca.core.progress import progress
 from franca.core.run import sync_folder, write_atomically
-from franca.data.indexed import ShardWriter, token_dtype
-from franca.data.sources import CorpusConfig, Document, list_files, read_documents
+from franca.data.indexed import Dataset, ShardWriter, token_dtype
+from franca.data.sources import CorpusConfig, list_files, read_documents
 from franca.data.tokenizer import Tokenizer
+
+Files = dict[str, list[Path]]  # of every source
 
 BATCH_CHARACTERS = 4_000_000
 
@@ -30,8 +36,8 @@ class TokenizerConfig:
     """`path` of a `tokenizer.json`, or, without it, the size of one to train on the training documents."""
 
     path: str | None = None
-    vocab_size: int = 8192
-    train_bytes: int = 200_000_000  # of text, at most, that a tokenizer is trained on
+    vocab_size: Annotated[int, Field(ge=257)] = 8192  # 256 bytes and one special token
+    train_bytes: Count = 200_000_000  # of text, at most, that a tokenizer is trained on
 
 
 @config
@@ -41,35 +47,16 @@ class PrepareConfig:
     output: str
     sources: dict[str, CorpusConfig]
     tokenizer: TokenizerConfig = TokenizerConfig()
-    validation_share: float = 0.01  # of the documents, held out by the hash of their text
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.01  # of the documents, held out by the hash of their text
     add_bos: bool = False
     add_eos: bool = True
-    shard_tokens: int = 1_000_000_000
+    shard_tokens: Count = 1_000_000_000
     on_bad_document: Literal["error", "skip"] = "error"
 
 
-@dataclass
-class Counts:
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    shards: int = 0
-
-
-@dataclass
-class Tally:
-    """What became of one corpus."""
-
-    train: Counts = field(default_factory=Counts)
-    validation: Counts = field(default_factory=Counts)
-    skipped: int = 0
-    first_skipped: list[str] = field(default_factory=list)
-
-
 def main(path: Path, words: list[str]) -> None:
-    settings = load(PrepareConfig, path, words)
-    output = prepare(settings)
-    report(output)
+    """The command: prepare, and report."""
+    report(prepare(load(PrepareConfig, path, words)))
 
 
 def prepare(settings: PrepareConfig) -> Path:
@@ -83,19 +70,18 @@ def prepare(settings: PrepareConfig) -> Path:
     files = {name: list_files(name, corpus) for name, corpus in settings.sources.items()}
     key = _key(settings, files)
     if output.exists():
-        if _prepared_key(output) == key:
-            print(f"{output} is already prepared from the same files and settings", file=sys.stderr)
-            return output
-        raise ConfigError(
-            f"{output}: exists and was not made from these files and settings. Remove it or choose another output."
-        )
+        with suppress(ConfigError):  # a folder that is no dataset
+            if Dataset(output).manifest.get("key") == key:
+                print(f"{output} is already prepared from the same files and settings", file=sys.stderr)
+                return output
+        advice = "Remove it or choose another output."
+        raise ConfigError(f"{output}: exists and was not made from these files and settings. {advice}")
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    work = _Work(settings, files)
-    tokenizer = work.tokenizer()
+    tokenizer = _tokenizer(settings, files)
     (partial / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    tallies = work.write_shards(tokenizer, partial)
+    sources = _write_shards(settings, files, tokenizer, partial)
     manifest = {
         "format": 1,
         "franca": __version__,
@@ -107,11 +93,7 @@ def prepare(settings: PrepareConfig) -> Path:
             "bos": tokenizer.bos if settings.add_bos else None,
             "eos": tokenizer.eos if settings.add_eos else None,
         },
-        "sources": {
-            name: {"train": vars(tally.train), "validation": vars(tally.validation), "skipped": tally.skipped}
-            | ({"first_skipped": tally.first_skipped} if tally.skipped else {})
-            for name, tally in tallies.items()
-        },
+        "sources": sources,
     }
     write_atomically(partial / "manifest.json", json.dumps(manifest, indent=2))
     partial.rename(output)
@@ -125,157 +107,140 @@ def _check(settings: PrepareConfig) -> None:
     for name in settings.sources:
         if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
             raise ConfigError(f"sources: {name!r} cannot be a folder's name; use letters, digits, '.', '_' and '-'")
-    if not 0 <= settings.validation_share < 1:
-        raise ConfigError(f"validation_share: is {settings.validation_share:g}; it must be at least 0 and below 1")
-    if settings.tokenizer.path is None and settings.tokenizer.vocab_size < 257:
-        raise ConfigError(f"tokenizer.vocab_size: is {settings.tokenizer.vocab_size}; 256 bytes and one special token need 257")
-    if settings.tokenizer.path is None and settings.tokenizer.train_bytes < 1:
-        raise ConfigError(f"tokenizer.train_bytes: is {settings.tokenizer.train_bytes}; it must be at least 1")
-    if settings.shard_tokens < 1:
-        raise ConfigError(f"shard_tokens: is {settings.shard_tokens}; it must be at least 1")
 
 
-def _key(settings: PrepareConfig, files: dict[str, list[Path]]) -> str:
+def _key(settings: PrepareConfig, files: Files) -> str:
     """A hash of the settings and of every file's path, size and time of change."""
-    stats = {
-        name: [[str(path), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths] for name, paths in files.items()
-    }
-    settings_only = {name: value for name, value in to_dict(settings).items() if name != "output"}
-    return hashlib.sha256(json.dumps([__version__, settings_only, stats], sort_keys=True).encode()).hexdigest()
+    stats = [(name, str(path), path.stat()) for name, paths in files.items() for path in paths]
+    facts = [[name, path, stat.st_size, stat.st_mtime_ns] for name, path, stat in stats]
+    inputs = [__version__, to_dict(settings) | {"output": None}, facts]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _prepared_key(output: Path) -> str | None:
-    try:
-        return str(json.loads((output / "manifest.json").read_text())["key"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _read(title: str, settings: PrepareConfig, files: Files, skip: Callable[[str, str], None]) -> Iterator[tuple[str, str]]:
+    """The (source, text) of every document. A bad one is refused, or its reason goes to `skip(source, reason)`."""
+
+    def on_bad(reason: str) -> None:
+        if settings.on_bad_document == "error":
+            advice = "Mend it, or set on_bad_document: skip to leave such documents out and count them."
+            raise ConfigError(f"{reason}. {advice}")
+        skip(name, reason)
+
+    done = documents = 0
+    with progress(title, sum(path.stat().st_size for paths in files.values() for path in paths)) as show:
+        for name, paths in files.items():
+            for path in paths:
+                for document in read_documents(path, settings.sources[name], on_bad):
+                    documents += 1
+                    yield name, document.text
+                done += path.stat().st_size
+                show(done, f"{documents:,} documents")
 
 
-@dataclass
-class _Work:
-    settings: PrepareConfig
-    files: dict[str, list[Path]]
+def _tokenizer(settings: PrepareConfig, files: Files) -> Tokenizer:
+    wanted = settings.tokenizer
+    if wanted.path is not None:
+        return Tokenizer.load(Path(wanted.path).expanduser())
+    texts = _training_texts(settings, files)
+    first = next(texts, None)
+    if first is None:
+        raise ConfigError("tokenizer: there is no training text to learn it from. Add documents or lower validation_share")
+    return Tokenizer.train(chain([first], texts), wanted.vocab_size)
 
-    def tokenizer(self) -> Tokenizer:
-        wanted = self.settings.tokenizer
-        if wanted.path is not None:
-            return Tokenizer.load(Path(wanted.path).expanduser())
-        texts = self._training_texts(wanted.train_bytes)
-        first = next(texts, None)
-        if first is None:
-            raise ConfigError("tokenizer: there is no training text to learn it from. Add documents or lower validation_share")
-        return Tokenizer.train(chain([first], texts), wanted.vocab_size)
 
-    def _training_texts(self, limit_bytes: int) -> Iterator[str]:
-        used, total = 0, sum(path.stat().st_size for paths in self.files.values() for path in paths)
-        with progress("tokenizer: reading", min(total, limit_bytes)) as show:
-            for name, paths in self.files.items():
-                for path in paths:
-                    for document in read_documents(path, self.settings.sources[name], self._refuse_or(lambda reason: None)):
-                        if is_held_out(document.text, self.settings.validation_share):
-                            continue
-                        text = document.text.encode()
-                        if len(text) >= limit_bytes - used:  # one book may be longer than the limit: learn from its beginning
-                            yield text[: limit_bytes - used].decode(errors="ignore")
-                            return
-                        used += len(text)
-                        yield document.text
-                    show(min(used, total))
-
-    def _refuse_or(self, skip: Any) -> Any:
-        def on_bad(reason: str) -> None:
-            if self.settings.on_bad_document == "error":
-                raise ConfigError(
-                    f"{reason}. Mend it, or set on_bad_document: skip to leave such documents out and count them."
-                )
-            skip(reason)
-
-        return on_bad
-
-    def write_shards(self, tokenizer: Tokenizer, root: Path) -> dict[str, Tally]:
-        tallies = {name: Tally() for name in self.files}
-        total = sum(path.stat().st_size for paths in self.files.values() for path in paths)
-        done = 0
-        with progress("tokens", total) as show:
-            for name, paths in self.files.items():
-                corpus = _CorpusWriter(root, name, self.settings, tokenizer, tallies[name])
-                try:
-                    for path in paths:
-                        for document in read_documents(path, self.settings.sources[name], self._refuse_or(corpus.skip)):
-                            corpus.add(document)
-                        done += path.stat().st_size
-                        show(done, f"{sum(t.train.tokens + t.validation.tokens for t in tallies.values()):,} tokens")
-                    corpus.close()
-                finally:
-                    corpus.abandon()
-                if not tallies[name].train.tokens:
-                    raise ConfigError(
-                        f"sources.{name}: no training tokens came out of {len(paths)} file(s), "
-                        f"{tallies[name].validation.documents} document(s) were held out. Add documents, lower "
-                        "validation_share, or cut the text with documents: paragraph"
-                    )
-        return tallies
+def _training_texts(settings: PrepareConfig, files: Files) -> Iterator[str]:
+    """Training documents up to `train_bytes`; the last is cut: one book may be longer than the limit."""
+    left = settings.tokenizer.train_bytes
+    for _, text in _read("tokenizer: reading", settings, files, skip=lambda name, reason: None):
+        if not is_held_out(text, settings.validation_share):
+            content = text.encode()[:left]
+            yield content.decode(errors="ignore")
+            left -= len(content)
+            if not left:
+                return
 
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a document belongs to the held-out set: a property of its text alone, the same in every run."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < share * 2**64
 
 
-class _CorpusWriter:
-    """Batches documents through the tokenizer into the two splits of one corpus."""
+class _Split:
+    """The training or the held-out half of a source: shard after shard, and `facts`, its entry of the manifest."""
 
-    def __init__(self, root: Path, name: str, settings: PrepareConfig, tokenizer: Tokenizer, tally: Tally) -> None:
-        self.root, self.name, self.settings, self.tokenizer, self.tally = root, name, settings, tokenizer, tally
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        self.pending: list[str] = []
-        self.characters = 0
-        self.writers: dict[str, ShardWriter] = {}
+    def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
+        self.writer: ShardWriter | None = None
+        self.facts: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "shards": 0, "sha256": []}
 
-    def skip(self, reason: str) -> None:
-        self.tally.skipped += 1
-        if len(self.tally.first_skipped) < 10:
-            self.tally.first_skipped.append(reason)
-
-    def add(self, document: Document) -> None:
-        self.pending.append(document.text)
-        self.characters += len(document.text)
-        if self.characters >= BATCH_CHARACTERS:
-            self._flush()
-
-    def _flush(self) -> None:
-        encoded = self.tokenizer.encode(self.pending, self.settings.add_bos, self.settings.add_eos)
-        for text, ids in zip(self.pending, encoded, strict=True):
-            split = "validation" if is_held_out(text, self.settings.validation_share) else "train"
-            counts: Counts = getattr(self.tally, split)
-            writer = self.writers.get(split)
-            if writer is None or writer.num_tokens >= self.settings.shard_tokens:
-                if writer is not None:
-                    writer.commit()
-                writer = ShardWriter(self.root / split / self.name / f"{counts.shards:05d}", self.dtype)
-                self.writers[split] = writer
-                counts.shards += 1
-            writer.add([ids])
-            counts.documents += 1
-            counts.tokens += len(ids)
-            counts.bytes += len(text.encode("utf-8", "surrogatepass"))
-        self.pending, self.characters = [], 0
+    def add(self, text: str, ids: NDArray[Any]) -> None:
+        if self.writer is None:
+            self.writer = ShardWriter(self.folder / f"{self.facts['shards']:05d}", self.dtype)
+        self.writer.add([ids])
+        for name, count in (("documents", 1), ("tokens", len(ids)), ("bytes", len(text.encode()))):
+            self.facts[name] += count
+        if self.writer.num_tokens >= self.shard_tokens:
+            self.close()
 
     def close(self) -> None:
-        self._flush()
-        for writer in self.writers.values():
-            writer.commit()
+        """End the shard that is being written, if there is one."""
+        if self.writer is not None:
+            self.facts["sha256"].append(self.writer.commit())
+            self.facts["shards"] += 1
+            self.writer = None
 
     def abandon(self) -> None:
         """Close what a failure left open; what was committed stays."""
-        for writer in self.writers.values():
-            writer.abandon()
+        if self.writer is not None:
+            self.writer.abandon()
+
+
+def _write_shards(settings: PrepareConfig, files: Files, tokenizer: Tokenizer, root: Path) -> dict[str, dict[str, Any]]:
+    """Every document into a shard under `root`; returns what each source has become, for the manifest."""
+    entries: dict[str, dict[str, Any]] = {name: {"skipped": 0, "first_skipped": []} for name in files}
+    dtype = token_dtype(tokenizer.vocab_size)
+
+    def skip(name: str, reason: str) -> None:
+        entries[name]["skipped"] += 1
+        entries[name]["first_skipped"] = [*entries[name]["first_skipped"], reason][:10]
+
+    places = [(name, split) for name in files for split in ("train", "validation")]
+    splits = {(name, split): _Split(root / split / name, dtype, settings.shard_tokens) for name, split in places}
+    try:
+        for batch in _batches(_read("tokens", settings, files, skip)):
+            encoded = tokenizer.encode([text for _, text in batch], settings.add_bos, settings.add_eos)
+            for (name, text), ids in zip(batch, encoded, strict=True):
+                splits[name, "validation" if is_held_out(text, settings.validation_share) else "train"].add(text, ids)
+        for (name, split), written in splits.items():
+            written.close()
+            entries[name][split] = written.facts
+    finally:
+        for written in splits.values():
+            written.abandon()
+    for name, entry in entries.items():
+        if not entry["train"]["tokens"]:
+            found = f"{len(files[name])} file(s), {entry['validation']['documents']} document(s) were held out"
+            advice = "Add documents, lower validation_share, or cut the text with documents: paragraph"
+            raise ConfigError(f"sources.{name}: no training tokens came out of {found}. {advice}")
+    return entries
+
+
+def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Lists of documents, of about BATCH_CHARACTERS each: the tokenizer works on many at once."""
+    batch, characters = list[tuple[str, str]](), 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document[1])
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch
 
 
 def report(output: Path) -> None:
     """Print what a dataset folder holds."""
-    manifest = json.loads((output / "manifest.json").read_text())
+    manifest = Dataset(output).manifest
     print(f"{output}: tokenizer of {manifest['tokenizer']['vocab_size']:,} tokens")
     for name, entry in manifest["sources"].items():
         for split in ("train", "validation"):

@@ -8,7 +8,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -50,13 +50,16 @@ def list_files(name: str, corpus: CorpusConfig) -> list[Path]:
     Raises:
         ConfigError: when a pattern matches nothing.
     """
-    excluded = {path for pattern in corpus.exclude for path in glob.glob(os.path.expanduser(pattern), recursive=True)}
+
+    def find(pattern: str) -> set[str]:
+        return set(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
+
     files: set[str] = set()
     for pattern in corpus.paths:
-        found = [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)]
-        if not found:
+        if not (found := find(pattern)):
             raise ConfigError(f"sources.{name}.paths: {pattern!r} matches no file. Is the path right, seen from {os.getcwd()}?")
-        files.update(path for path in found if path not in excluded)
+        files |= found
+    files.difference_update(*map(find, corpus.exclude))
     if not files:
         raise ConfigError(f"sources.{name}: `exclude` leaves no file of {', '.join(corpus.paths)}")
     return [Path(path) for path in sorted(files)]
@@ -67,17 +70,12 @@ def read_documents(path: Path, corpus: CorpusConfig, on_bad: OnBad) -> Iterator[
     if path.stat().st_size == 0:
         on_bad(f"{path}: is an empty file")
         return
-    if _format(path, corpus) == "jsonl":
+    unpacked = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    named_lines = corpus.format == "auto" and unpacked.suffix in (".jsonl", ".ndjson", ".json")
+    if named_lines or corpus.format == "jsonl":
         yield from _read_json_lines(path, corpus.field, on_bad)
     else:
         yield from _read_text(path, corpus.documents, on_bad)
-
-
-def _format(path: Path, corpus: CorpusConfig) -> str:
-    if corpus.format != "auto":
-        return corpus.format
-    suffixes = [suffix for suffix in path.suffixes[-2:] if suffix not in (".gz", ".zst")]
-    return "jsonl" if suffixes and suffixes[-1] in (".jsonl", ".ndjson", ".json") else "text"
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -97,7 +95,7 @@ def _read_json_lines(path: Path, field: str | None, on_bad: OnBad) -> Iterator[D
                 try:
                     record = orjson.loads(line)
                 except orjson.JSONDecodeError as error:
-                    on_bad(f"{place}: is not JSON ({error})")
+                    on_bad(f"{place}: is not JSON ({error}); JSON lines are expected: one whole object on every line")
                     continue
                 text = next((record[key] for key in fields if key in record), None) if isinstance(record, dict) else None
                 if isinstance(text, str):
@@ -118,27 +116,23 @@ def _read_text(path: Path, documents: str, on_bad: OnBad) -> Iterator[Document]:
     except UNREADABLE as error:
         on_bad(f"{path}: cannot be read ({error})")
         return
+    lines = io.StringIO(text)  # as editors count them, ends kept; `splitlines` would also cut at form feeds and at U+2028
     if documents == "file":
         yield Document(text, str(path))
     elif documents == "line":
-        yield from (Document(line, f"{path}:{n}") for n, line in enumerate(_lines(text), 1) if line.strip())
+        yield from (Document(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip())
     else:
-        yield from _paragraphs(text, path)
+        yield from _paragraphs(lines, path)
 
 
-def _lines(text: str) -> Iterator[str]:
-    """Lines as editors count them, ends kept. `splitlines` would also cut at form feeds and at U+2028."""
-    return io.StringIO(text)
-
-
-def _paragraphs(text: str, path: Path) -> Iterator[Document]:
+def _paragraphs(lines: Iterable[str], path: Path) -> Iterator[Document]:
     """Stretches of lines between blank lines, the blank lines kept with the paragraph before them."""
-    begin, number, lines, blank = 1, 0, list[str](), False
-    for number, line in enumerate(_lines(text), 1):
-        if line.strip() and blank and any(part.strip() for part in lines):
-            yield Document("".join(lines), f"{path}:{begin}")
-            lines, begin = [], number
-        lines.append(line)
+    begin, paragraph, blank = 1, "", False
+    for number, line in enumerate(lines, 1):
+        if line.strip() and blank and paragraph.strip():
+            yield Document(paragraph, f"{path}:{begin}")
+            begin, paragraph = number, ""
+        paragraph += line
         blank = not line.strip()
-    if any(part.strip() for part in lines):
-        yield Document("".join(lines), f"{path}:{begin}")
+    if paragraph.strip():
+        yield Document(paragraph, f"{path}:{begin}")

@@ -77,15 +77,12 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[NDArray[np.int64]]:
         """Token ids of each text; an empty text has none, whatever `bos` and `eos` say."""
-        head = self._special(self.bos, "BOS") if bos else []
-        tail = self._special(self.eos, "EOS") if eos else []
+        for name, wanted, token in (("bos", bos, self.bos), ("eos", eos, self.eos)):
+            if wanted and token is None:
+                raise ConfigError(f"this tokenizer has no {name.upper()} token; set add_{name}: false")
+        head, tail = [self.bos] if bos else [], [self.eos] if eos else []
         encodings: list[Any] = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array([*head, *e.ids, *tail] if e.ids else [], np.int64) for e in encodings]
-
-    def _special(self, token: int | None, name: str) -> list[int]:
-        if token is None:
-            raise ConfigError(f"this tokenizer has no {name} token; set add_{name.lower()}: false")
-        return [token]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))

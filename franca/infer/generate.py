@@ -1,9 +1,10 @@
 """Tokens after tokens: batched generation with a cache. It knows the model's contract and nothing of families or text."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from franca.core.config import Count, NotNegative, Share, config
@@ -15,22 +16,16 @@ class SamplingConfig:
 
     max_new_tokens: Count = 128
     temperature: NotNegative = 1.0
-    top_k: Count | None = None  # only the k most likely tokens
-    top_p: Share | None = None  # only the smallest set of tokens with this much probability (Holtzman et al. 2020)
+    top_k: Count | None = None  # only the k most likely tokens; of equal ones, those with the lower ids
+    top_p: Annotated[Share, Field(gt=0)] | None = None  # only the likeliest tokens with this much probability together
     seed: int = 0
 
 
 @torch.inference_mode()
 def generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingConfig,
-    stop_token: int | None = None,
-    on_tokens: Callable[[list[int]], None] | None = None,
+    model: Any, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop_tokens: Collection[int] = ()
 ) -> list[list[int]]:
-    """Continue every prompt (token ids, at least one each) by up to `max_new_tokens`, or until `stop_token`, which is left out.
-
-    `on_tokens` sees the newest token of every row as it comes.
+    """Continue every prompt (token ids, at least one each) by up to `max_new_tokens`, or until a stop token, which is left out.
 
     Raises:
         ValueError: when a prompt is empty or does not fit into the model's context with what is asked for.
@@ -55,28 +50,27 @@ def generate(
     for _ in range(sampling.max_new_tokens):
         logits_BV = model.next_logits(tokens_BT, cache)
         tokens_BT = choose(logits_BV.float(), sampling, generator)[:, None]
-        newest = tokens_BT[:, 0].tolist()
-        for row, token in enumerate(newest):
-            running[row] = running[row] and token != stop_token
+        for row, token in enumerate(tokens_BT[:, 0].tolist()):
+            running[row] = running[row] and token not in stop_tokens
             if running[row]:
                 outputs[row].append(token)
         if not any(running):
             break
-        if on_tokens is not None:
-            on_tokens(newest)
     return outputs
 
 
 def choose(logits_BV: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
-    """One token per row: (B,)."""
+    """One token per row: (B,). `top_p`: nucleus sampling (Holtzman et al. 2020)."""
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         smallest = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < smallest, -torch.inf)
+        more, equal = logits_BV > smallest, logits_BV == smallest
+        kept = more | (equal & (more.sum(dim=-1, keepdim=True) + equal.cumsum(dim=-1) <= sampling.top_k))
+        logits_BV = logits_BV.masked_fill(~kept, -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = logits_BV.sort(dim=-1, descending=True)
+        ordered, order = logits_BV.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
         logits_BV = logits_BV.masked_fill(dropped, -torch.inf)

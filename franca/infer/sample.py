@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from franca.checkpoint.convert import open_model
-from franca.core.config import Precision, check, config, parse_words
+from franca.checkpoint.convert import ids_of, open_model
+from franca.core.config import Precision, check, config, merge, parse_words
 from franca.core.errors import ConfigError
 from franca.data.tokenizer import Tokenizer
 from franca.infer.generate import SamplingConfig, generate
@@ -28,12 +28,11 @@ def complete(source: Path, prompts: list[str], settings: SampleConfig) -> list[s
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, special = open_model(source, device, settings.precision)
-    head = [special["bos"]] if special.get("bos") is not None else []
-    # A model without a start token begins a text where the one before it ended.
-    start = head or ([special["eos"]] if special.get("eos") is not None else [])
+    head, stops = ids_of(special, "bos")[:1], ids_of(special, "eos")
+    start = head or stops[:1]  # a model without a start token begins a text where the one before it ended
     ids = [[*(head if prompt else start), *tokenizer.encode([prompt])[0].tolist()] for prompt in prompts]
     try:
-        outputs = generate(model, ids, settings.sampling, special.get("eos"))
+        outputs = generate(model, ids, settings.sampling, stops)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return [_new_text(tokenizer, given, output) for given, output in zip(ids, outputs, strict=True)]
@@ -49,13 +48,9 @@ def main(source: Path, prompts: list[str], words: list[str]) -> None:
     """Print each prompt with its continuation; without prompts, read one from standard input."""
     if not prompts:
         prompts = [sys.stdin.read()] if not sys.stdin.isatty() else [""]
-    settings = check(SampleConfig, _sections(parse_words(words)), "franca sample")
+    values = parse_words(words)
+    short = {key: values.pop(key) for key in list(values) if key not in ("sampling", "precision")}
+    # `temperature=0.8` is short for `sampling.temperature=0.8`.
+    settings = check(SampleConfig, merge({"sampling": short}, values), "franca sample")
     for number, (prompt, text) in enumerate(zip(prompts, complete(source, prompts, settings), strict=True)):
         print(("" if number == 0 else "\n---\n") + prompt + text)
-
-
-def _sections(values: dict[str, object]) -> dict[str, object]:
-    """`temperature=0.8` is short for `sampling.temperature=0.8`."""
-    own = {key: value for key, value in values.items() if key in ("sampling", "precision")}
-    short = {key: value for key, value in values.items() if key not in own}
-    return {**own, "sampling": {**short, **own["sampling"]} if isinstance(own.get("sampling"), dict) else short}  # type: ignore[dict-item]

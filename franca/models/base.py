@@ -4,8 +4,9 @@ Shape letters, here and in every model file: B rows, T positions of a row, S pos
 D model width, H query heads, K key/value heads, E width of a head, F width of the MLP, V vocabulary.
 """
 
-import typing
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -72,32 +73,18 @@ class ModelConfig(Choice):
         raise NotImplementedError
 
 
-def reset(model: nn.Module, generator: torch.Generator) -> None:
-    """Initialise every module that owns parameters or buffers, in the order of `modules()`: the one order of random draws."""
-    for module in model.modules():
-        if own_tensors(module):
-            typing.cast(Any, module).reset(generator)
-
-
-def own_tensors(module: nn.Module) -> bool:
-    """Whether the module itself, not a child of it, holds parameters or buffers."""
-    return bool(module._parameters or module._buffers)
+def owners(model: nn.Module) -> Iterator[Any]:
+    """Every module that itself holds parameters or buffers, and so has `reset(generator)`: in the one order of random draws."""
+    return (module for module in model.modules() if module._parameters or module._buffers)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters: total, non_embedding (all but the input embedding and an untied head), and by part."""
-    counts: dict[str, int] = {}
+    parts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        counts[part] = counts.get(part, 0) + parameter.numel()
-    total = sum(counts.values())
-    return {"total": total, "non_embedding": total - counts.get("embedding", 0) - counts.get("head", 0), **counts}
-
-
-def part_of(name: str) -> str:
-    """`layers.3.attention.query.weight` -> `attention`; `embedding.weight` -> `embedding`."""
-    pieces = name.split(".")
-    return pieces[2] if pieces[0] == "layers" else pieces[0]
+        part = re.sub(r"^layers\.\d+\.", "", name).split(".")[0]
+        parts[part] += parameter.numel()
+    return {"total": parts.total(), "non_embedding": parts.total() - parts["embedding"] - parts["head"], **parts}
 
 
 def expand_names(templates: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
@@ -108,10 +95,8 @@ def expand_names(templates: Mapping[str, str], names: Sequence[str]) -> dict[str
     """
     result = {}
     for name in names:
-        pieces = name.split(".")
-        number = pieces[1] if pieces[0] == "layers" else ""
-        key = ".".join(["layers", "{}", *pieces[2:]]) if number else name
+        key = re.sub(r"\d+", "{}", name, count=1)
         if key not in templates:
             raise ValueError(f"parameter {name!r} has no name in the other library; known: {', '.join(templates)}")
-        result[name] = templates[key].format(number)
+        result[name] = templates[key].format(*re.findall(r"\d+", name))
     return result

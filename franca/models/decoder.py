@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from franca.models.base import Batch, reset
+from franca.models.base import Batch, owners
 from franca.models.layers import Embedding, KVCache, Linear, RMSNorm, Rope, cross_entropy_sum, document_mask, multiply
 
 
@@ -27,16 +27,17 @@ class Decoder(nn.Module):
         self.head = None if config.tied else Linear(config.dim, config.vocab_size, config.init_std)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        reset(self, generator)
+        for module in owners(self):
+            module.reset(generator)
 
     def forward(
-        self,
-        tokens_BT: Tensor,
-        document_BT: Tensor | None = None,
-        position_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        self, tokens_BT: Tensor, document_BT: Tensor | None = None, position_BT: Tensor | None = None, cache: Any = None
     ) -> Tensor:
-        """Logits (B, T, V) in the compute dtype. With a cache, `tokens_BT` are the positions after those it holds."""
+        """Logits (B, T, V) in the compute dtype. With a cache, `tokens_BT` are the positions after those it holds.
+
+        Raises:
+            ValueError: for documents or positions together with a cache, which counts one document's positions itself.
+        """
         return multiply(self._trunk(tokens_BT, document_BT, position_BT, cache), self._head_weight())
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -55,9 +56,14 @@ class Decoder(nn.Module):
         self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         x_BTD = self.embedding(tokens_BT).to(self.compute_dtype)
-        mask = document_mask(document_BT) if document_BT is not None else None
-        if cache is not None:
+        if cache is None:
+            mask = document_mask(document_BT) if document_BT is not None else None
+        elif document_BT is None and position_BT is None:
             position_BT, mask = cache.place(tokens_BT.shape[1])
+        else:
+            raise ValueError(
+                "document_BT and position_BT were given with a cache, which counts positions itself: leave them out"
+            )
         cos, sin = self.rope(tokens_BT.shape[1], position_BT, self.compute_dtype)
         for layer in self.layers:
             x_BTD = layer(x_BTD, cos, sin, mask, cache)
@@ -67,18 +73,18 @@ class Decoder(nn.Module):
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         c = self.config
-        weight = self.embedding.weight
-        return KVCache(c.num_layers, batch, max_len, c.num_kv_heads or c.num_heads, c.width_of_head, weight, self.compute_dtype)
+        shape = (c.num_layers, batch, c.num_kv_heads or c.num_heads, max_len, c.width_of_head)
+        return KVCache(shape, self.compute_dtype, self.embedding.weight.device)
 
     def flops_per_token(self, context: int) -> float:
         """6 per weight of every matrix product, and attention's two products over half of the context (causal), times 3.
 
         The input embedding is a look-up and counts nothing; the head counts, tied or not (Kaplan et al. 2020, table 1).
         """
-        matrices = sum(p.numel() for name, p in self.layers.named_parameters() if p.ndim == 2)
-        head = self.config.vocab_size * self.config.dim
-        attention = 2 * 2 * self.config.num_heads * self.config.width_of_head * (context + 1) / 2
-        return 6.0 * (matrices + head) + 3.0 * attention * self.config.num_layers
+        c = self.config
+        weights = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2) + c.vocab_size * c.dim
+        attention = 2 * 2 * c.num_heads * c.width_of_head * (context + 1) / 2
+        return 6.0 * weights + 3.0 * attention * c.num_layers
 
     def param_groups(self) -> dict[str, list[str]]:
         """Matrices and embeddings decay; gains and biases do not."""

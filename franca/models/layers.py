@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from franca.core.config import config
+from franca.core.config import Count, Positive, config
 from franca.models.base import IGNORE
+
+_FEW_ROWS = 64  # up to so many, `multiply` takes its own way on a CPU
 
 
 class Linear(nn.Module):
@@ -65,9 +67,6 @@ def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-_FEW_ROWS = 64
-
-
 def _multiply_few(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for the few rows of decoding on a CPU, by parts of W on all threads; F.linear would leave it to one thread."""
     features, width = weight.shape
@@ -111,14 +110,14 @@ class RMSNorm(nn.Module):
 class RopeScaling:
     """Llama 3.1's rule for longer contexts: slow frequencies are divided by `factor`, the ones between are blended."""
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
+    factor: Positive = 8.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_seq_len: Count = 8192
 
 
 class Rope(nn.Module):
-    """Rotary positions (Su et al. 2021), pairs (i, i + E/2). Holds the table of cosines and sines, (max_seq_len, E/2) each."""
+    """Rotary positions (Su et al. 2021), pairs (i, i + E/2). Holds the tables that `rotate` takes, (max_seq_len, E) each."""
 
     cos: Tensor
     sin: Tensor
@@ -126,40 +125,34 @@ class Rope(nn.Module):
     def __init__(self, head_dim: int, max_seq_len: int, theta: float, scaling: RopeScaling | None) -> None:
         super().__init__()
         self.head_dim, self.max_seq_len, self.theta, self.scaling = head_dim, max_seq_len, theta, scaling
-        self.register_buffer("cos", torch.empty(max_seq_len, head_dim // 2), persistent=False)
-        self.register_buffer("sin", torch.empty(max_seq_len, head_dim // 2), persistent=False)
+        self.register_buffer("cos", torch.empty(max_seq_len, head_dim), persistent=False)
+        self.register_buffer("sin", torch.empty(max_seq_len, head_dim), persistent=False)
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        frequencies = 1.0 / self.theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim)
+        frequencies = 1.0 / self.theta ** (torch.arange(0, self.head_dim, 2).float() / self.head_dim)
         if self.scaling is not None:
             frequencies = _scale_frequencies(frequencies, self.scaling)
         angles = torch.outer(torch.arange(self.max_seq_len).float(), frequencies)
-        self.cos.copy_(angles.cos())
-        self.sin.copy_(angles.sin())
+        self.cos.copy_(torch.cat([angles.cos(), angles.cos()], dim=-1))
+        self.sin.copy_(torch.cat([-angles.sin(), angles.sin()], dim=-1))
 
     def forward(self, length: int, position_BT: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for positions 0..length-1 or for `position_BT`: (T, E/2) or (B, 1, T, E/2)."""
+        """Both tables for positions 0..length-1 or for `position_BT`: (T, E) or (B, 1, T, E)."""
         if position_BT is None:
             return self.cos[:length].to(dtype), self.sin[:length].to(dtype)
         return self.cos[position_BT].unsqueeze(1).to(dtype), self.sin[position_BT].unsqueeze(1).to(dtype)
 
 
 def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    wavelength = 2 * math.pi / frequencies
-    low = scaling.original_max_seq_len / scaling.low_freq_factor
-    high = scaling.original_max_seq_len / scaling.high_freq_factor
-    blend = (scaling.original_max_seq_len / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies
-    slow = torch.where(wavelength > low, frequencies / scaling.factor, frequencies)
-    return torch.where((wavelength <= low) & (wavelength >= high), blended, slow)
+    turns = scaling.original_max_seq_len / (2 * math.pi / frequencies)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)  # 0: divided by the factor, 1: as it was
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
 def rotate(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + E/2) of every head by its position's angle."""
-    first, second = x_BHTE.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return x_BHTE * cos + x_BHTE.roll(x_BHTE.shape[-1] // 2, dims=-1) * sin
 
 
 def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -184,7 +177,7 @@ def _blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    return cast(Tensor, _BlockedAttention.apply(q, k.contiguous(), v.contiguous(), mask))
+    return cast(Tensor, _BlockedAttention.apply(*(x.contiguous() for x in (q, k, v)), mask))
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -243,11 +236,10 @@ class KVCache:
     Rows of different lengths are padded at the left; `pads_B` says by how much.
     """
 
-    def __init__(self, layers: int, batch: int, max_len: int, kv_heads: int, head_dim: int, like: Tensor, dtype: torch.dtype):
-        shape = (layers, batch, kv_heads, max_len, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=like.device)
-        self.values = torch.zeros(shape, dtype=dtype, device=like.device)
-        self.length, self.max_len = 0, max_len
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """`shape`: (layers, B, K, most positions, E)."""
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.length = 0
         self.pads_B: Tensor | None = None
 
     def place(self, count: int) -> tuple[Tensor, Tensor | None]:
@@ -255,11 +247,13 @@ class KVCache:
 
         A pad may see itself, so that its softmax has a term; nobody else sees it.
         """
-        slots_T = torch.arange(self.length, self.length + count, device=self.keys.device)
         seen_S = torch.arange(self.length + count, device=self.keys.device)
+        slots_T = seen_S[self.length :]
+        if self.pads_B is None and (self.length == 0 or count == 1):
+            return slots_T[None], None
         causal_TS = seen_S <= slots_T[:, None]
         if self.pads_B is None:
-            return slots_T[None], None if self.length == 0 or count == 1 else causal_TS[None, None]
+            return slots_T[None], causal_TS[None, None]
         real_BS = seen_S >= self.pads_B[:, None]
         mask_BTS = causal_TS & (real_BS[:, None] | (seen_S == slots_T[:, None]))
         return (slots_T - self.pads_B[:, None]).clamp(min=0), mask_BTS[:, None]

@@ -5,10 +5,10 @@ says so once and never stops the training.
 """
 
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from franca.core.config import config
 from franca.core.errors import ConfigError
@@ -17,42 +17,34 @@ from franca.core.run import RunFolder, append_record, current_metrics
 
 Sink = Literal["console", "jsonl", "tensorboard"]
 
-# Facts of the clock and the machine: they differ between two runs that compute the same.
-TIMING = frozenset({"time", "attempt", "tokens_per_s", "step_s"})
-
 
 @config
 class MetricsConfig:
     sinks: tuple[Sink, ...] = ("console", "jsonl")
 
 
-class Metrics:
+class Metrics(ExitStack):
     """The sinks of one attempt, on the rank that is `speaking`; on the others it does nothing. A context manager."""
 
-    def __init__(
-        self, settings: MetricsConfig, folder: RunFolder, attempt: int, total_steps: int, speaking: bool = True
-    ) -> None:
+    def __init__(self, settings: MetricsConfig, folder: RunFolder, attempt: int, total_steps: int, speaking: bool = True):
+        super().__init__()
         self.folder, self.attempt, self.total_steps, self.speaking = folder, attempt, total_steps, speaking
         self.sinks = settings.sinks if speaking else ()
-        self.stack = ExitStack()
         self.failed: set[str] = set()
         self.show: Progress | None = None
         self.writer: Any = None
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> Self:
         if "console" in self.sinks:
-            self.show = self.stack.enter_context(progress("train", self.total_steps, every_s=0.0))
+            self.show = self.enter_context(progress("train", self.total_steps, every_s=0.0))
         if "tensorboard" in self.sinks:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ConfigError("metrics.sinks: tensorboard is not installed; run: pip install 'franca[track]'") from None
             self.writer = SummaryWriter(str(self.folder.tensorboard))
-            self.stack.callback(self.writer.close)
+            self.callback(self.writer.close)
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
 
     def roll_back(self, step: int) -> None:
         """Mark the records after `step` as superseded: the run begins again from there. Nothing is rewritten."""
@@ -74,40 +66,38 @@ class Metrics:
 
     def progress(self, record: Mapping[str, Any], eta_s: float) -> None:
         """The one line a person reads."""
-        step = record["step"]
-        text = (
-            f"step {step}/{self.total_steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"grad {record['grad_norm']:.2f}  {record['tokens_per_s']:,.0f} tokens/s"
-        )
-        self._guard("train.log", lambda: self._log(f"{text}  {clock_text(eta_s)} left"))
+        losses = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}"
+        text = f"step {record['step']}/{self.total_steps}  {losses}  {record['tokens_per_s']:,.0f} tokens/s"
+        self._log(f"{text}  {clock_text(eta_s)} left")
         if self.show is not None:
-            self.show(step, text)
+            self.show(record["step"], text)
 
     def say(self, text: str) -> None:
         """A sentence about the run: to the log, and to the console."""
-        self._guard("train.log", lambda: self._log(text))
+        self._log(text)
         if "console" in self.sinks:
             print(text, file=sys.stderr, flush=True)
 
     def _log(self, text: str) -> None:
-        if not self.speaking:
-            return
-        with open(self.folder.log, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        if self.speaking:
+            with self._guard("train.log"), open(self.folder.log, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
     def _write(self, path: Path, record: dict[str, Any], prefix: str) -> None:
         record["attempt"] = self.attempt
         if "jsonl" in self.sinks:
-            self._guard(path.name, lambda: append_record(path, record))
+            with self._guard(path.name):
+                append_record(path, record)
         if self.writer is not None:
-            scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "attempt", "time")}
-            self._guard(
-                "tensorboard", lambda: [self.writer.add_scalar(prefix + k, v, record["step"]) for k, v in scalars.items()]
-            )
+            with self._guard("tensorboard"):
+                for name, value in record.items():
+                    if isinstance(value, int | float) and name not in ("step", "attempt", "time"):
+                        self.writer.add_scalar(prefix + name, value, record["step"])
 
-    def _guard(self, sink: str, write: Callable[[], object]) -> None:
+    @contextmanager
+    def _guard(self, sink: str) -> Iterator[None]:
         try:
-            write()
+            yield
         except OSError as error:
             if sink not in self.failed:
                 self.failed.add(sink)

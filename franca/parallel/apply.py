@@ -1,36 +1,28 @@
 """Single-device model code onto many devices: one function, one order: compile per block -> FSDP2 -> memory -> weights."""
 
-from typing import Any, cast
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from franca.core.config import Precision
-from franca.models.base import Model, own_tensors
+from franca.models.base import Model, owners
 from franca.parallel.mesh import ParallelConfig
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parallelize(
-    model: nn.Module,
-    mesh: DeviceMesh | None,
-    parallel: ParallelConfig,
-    precision: Precision,
-    device: torch.device,
-    seed: int,
+    model: nn.Module, mesh: DeviceMesh | None, parallel: ParallelConfig, precision: Precision, device: torch.device, seed: int
 ) -> None:
     """Lay a model, built on the meta device, onto its devices, in place, with its initial weights.
 
     Parameters stay fp32 and gradients are reduced in fp32; `precision` is that of the products. The initial weights
     depend on the seed and the device type, not on the mesh.
     """
-    dtype = DTYPES[precision]
     contract: Model = model  # type: ignore[assignment]
-    contract.compute_dtype = dtype
+    contract.compute_dtype = dtype = DTYPES[precision]
     if parallel.compile:
         for layer in contract.layers:
             layer.compile()
@@ -44,30 +36,20 @@ def parallelize(
     init_weights(model, torch.Generator(device).manual_seed(seed))
 
 
+@torch.no_grad()
 def init_weights(model: nn.Module, generator: torch.Generator) -> None:
     """`Model.init_weights` for a sharded model: each module's full weights are drawn once and this rank's part is kept.
 
     Never more than one module is whole, and every mesh gets the same numbers.
     """
-    for module in model.modules():
-        if not own_tensors(module):
-            continue
+    for module in owners(model):
         sharded = {name: p for name, p in module.named_parameters(recurse=False) if isinstance(p, DTensor)}
         whole = {
             name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=generator.device)) for name, p in sharded.items()
         }
         module._parameters.update(whole)
-        cast(Any, module).reset(generator)
-        module._parameters.update(sharded)  # type: ignore[arg-type]
-        for name, parameter in sharded.items():
-            copy_full(parameter, whole[name])
-
-
-@torch.no_grad()
-def copy_full(parameter: Tensor, full: Tensor) -> None:
-    """Set a parameter, sharded or not, from the whole tensor that every rank holds; no communication."""
-    if isinstance(parameter, DTensor):
-        mine = distribute_tensor(full.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(mine.to_local())
-    else:
-        parameter.copy_(full)
+        module.reset(generator)
+        module._parameters.update(sharded)
+        for name, p in sharded.items():
+            mine = distribute_tensor(whole[name].detach(), p.device_mesh, p.placements, src_data_rank=None)
+            p.to_local().copy_(mine.to_local())

@@ -19,13 +19,11 @@ class ParallelConfig:
 
 def problems(parallel: ParallelConfig, num_ranks: int) -> list[str]:
     """What keeps `parallel` from running on `num_ranks` ranks."""
-    if parallel.dp_shard != "all" and parallel.dp_shard != num_ranks:
-        return [f"parallel.dp_shard: is {parallel.dp_shard}, but there are {num_ranks} ranks; use their number, or 'all'"]
-    return []
+    if parallel.dp_shard in ("all", num_ranks):
+        return []
+    return [f"parallel.dp_shard: is {parallel.dp_shard}, but there are {num_ranks} ranks; use their number, or 'all'"]
 
 
 def make(num_ranks: int, device: torch.device) -> DeviceMesh | None:
     """The mesh of axis `dp_shard` over all ranks; None for one rank, which needs no collective."""
-    if num_ranks == 1:
-        return None
-    return init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("dp_shard",))
+    return init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("dp_shard",)) if num_ranks > 1 else None

@@ -37,11 +37,10 @@ class World:
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """The sums over all ranks of numbers on the host: no device waits. Every rank must call it, in the same order."""
-        if self.size == 1:
-            return [float(number) for number in numbers]
-        tensor = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
+        values = torch.tensor(numbers, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
 
     def gather_sum(self, values: Tensor) -> Tensor:
         """The elementwise sum over all ranks in the order of ranks: the same bits however many values go together."""
@@ -74,11 +73,9 @@ def start(timeout_s: float = 600.0) -> World:
         ConfigError: when the launcher's variables are incomplete.
     """
     rank, size, local_rank = _place(os.environ)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
@@ -92,14 +89,13 @@ def stop() -> None:
 
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = [environment.get(name) for name in names]
-    if all(value is None for value in given):
+    given = {name: environment.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if not any(given.values()):
         return 0, 1, 0
     try:
-        rank, size, local_rank = (int(value) for value in given if value is not None)
+        rank, size, local_rank = (int(value or "") for value in given.values())
     except ValueError:
-        shown = ", ".join(f"{name}={value}" for name, value in zip(names, given, strict=True))
+        shown = ", ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(f"the launcher's variables are incomplete: {shown}. Start with: franca launch, or torchrun") from None
     return rank, size, local_rank
 

@@ -66,8 +66,7 @@ class Resolved:
     def stop_samples(self) -> int:
         """Where the data ends for this run: epochs end with their last row, in the middle of a batch if need be."""
         length = self.config.train.length
-        whole = self.timeline.samples_before(self.total_steps)
-        return self.timeline.samples(length) if length.unit == "epochs" else whole
+        return self.timeline.samples(length) if length.unit == "epochs" else self.timeline.samples_before(self.total_steps)
 
 
 def read_config(path: Path, words: list[str]) -> RunConfig:
@@ -89,8 +88,7 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
         problems.append(f"model.vocab_size: is {model.vocab_size}, but the tokenizer has {plan.vocab_size} ids")
     if model.max_seq_len < settings.data.seq_len:
         problems.append(f"data.seq_len: is {settings.data.seq_len}, longer than model.max_seq_len {model.max_seq_len}")
-    problems += model.problems()
-    problems += mesh.problems(settings.parallel, num_ranks)
+    problems += [*model.problems(), *mesh.problems(settings.parallel, num_ranks)]
     try:
         stages = batch_stages(settings.train.batch_samples, settings.train.batch_ramp)
     except ValueError as error:
@@ -99,9 +97,8 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
     problems += _batch_problems(settings.train, timeline, num_ranks)
     resolved = Resolved(dataclasses.replace(settings, model=model), plan, timeline, timeline.steps(settings.train.length))
     if resolved.total_steps < 1:
-        problems.append(
-            f"train.length: '{settings.train.length}' is less than one step of {settings.train.batch_samples} samples"
-        )
+        least = f"one step of {settings.train.batch_samples} samples"
+        problems.append(f"train.length: '{settings.train.length}' is less than {least}")
     problems += optim.problems(settings.optim, timeline, settings.train.length)
     problems += plan.order.shortages(resolved.stop_samples)
     if problems:

@@ -31,8 +31,7 @@ class Faults:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Faults":
-        for number in STOPPING:
-            self._before[number] = signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -4,11 +4,9 @@ There are no callbacks: what happens, and in which order, is what stands here.
 """
 
 import math
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +52,6 @@ class Run:
     def config(self) -> RunConfig:
         return self.resolved.config
 
-    @property
-    def store(self) -> Store:
-        return Store(self.folder.checkpoints)
-
 
 @dataclass(frozen=True)
 class Noted:
@@ -82,17 +76,14 @@ def main(path: Path, words: list[str]) -> int:
 
 def agreed_config(path: Path, words: list[str], here: World) -> RunConfig:
     """Let rank 0 look for problems first, so that a wrong config is reported once and not by every rank."""
-    message = None
+    problem = None
     if here.is_main:
         try:
             resolve(read_config(path, words), here.size)
         except ConfigError as error:
-            message = str(error)
-    message = here.from_main(message)
-    if message is not None:
-        if here.is_main:
-            raise ConfigError(message)
-        sys.exit(EXIT_CONFIG)
+            problem = error
+    if here.from_main(problem is not None):
+        raise problem or SystemExit(EXIT_CONFIG)
     return read_config(path, words)
 
 
@@ -180,49 +171,45 @@ def step(run: Run, batch: Batch, num_valid: float) -> Noted:
         (torch.stack(list(losses.values())).sum() * scale).backward()
         sums = {name: value.detach() + sums.get(name, 0.0) for name, value in losses.items()}
     grad_norm = optim.clip(model, settings.optim.clip_norm)
-    optim.set_lr(run.optimizer, lr)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return Noted(run.step + 1, sums, grad_norm, num_valid, lr)
 
 
 def log(run: Run) -> None:
-    """Fetch the numbers of all steps since the last time in one go, and hand them to the sinks.
+    """Fetch the numbers of all steps since the last time in one go, and hand them to the sinks; losses in nats per token.
 
     Raises:
         FloatingPointError: on every rank, when a loss is not a number.
     """
     if not run.noted:
         return
-    noted, run.noted = run.noted, []
+    timeline, noted, run.noted = run.resolved.timeline, run.noted, []
     sums = run.world.gather_sum(torch.stack([torch.stack(list(note.sums.values())).double() for note in noted])).tolist()
     norms = torch.stack([note.grad_norm for note in noted]).tolist()
     now = time.monotonic()
     step_s, run.logged = (now - run.logged) / len(noted), now
     for note, values, norm in zip(noted, sums, norms, strict=True):
+        clock = timeline.clock(note.step)
         terms = {name: value / max(note.num_valid, 1.0) for name, value in zip(note.sums, values, strict=True)}
-        record = record_of(run, note, terms, norm, step_s)
+        record = {
+            "step": note.step,
+            "samples": clock.samples,
+            "tokens": clock.tokens,
+            "loss": sum(terms.values()),
+            **terms,
+            "lr": note.lr,
+            "grad_norm": norm,
+            "step_s": step_s,
+            "tokens_per_s": timeline.batch_samples(note.step - 1) * timeline.seq_len / step_s,
+            "time": time.time(),
+        }
         run.metrics.train(record)
         if not math.isfinite(record["loss"]):
             raise FloatingPointError(f"the loss is {record['loss']} at step {note.step}: lower optim.lr, or look at the data")
     run.metrics.progress(record, step_s * (run.resolved.total_steps - run.step))
-
-
-def record_of(run: Run, note: Noted, terms: dict[str, float], grad_norm: float, step_s: float) -> dict[str, Any]:
-    """One line of `metrics.jsonl`. Losses in nats per token; `tokens_per_s` over all ranks."""
-    before, after = run.resolved.timeline.clock(note.step - 1), run.resolved.timeline.clock(note.step)
-    return {
-        "step": note.step,
-        "samples": after.samples,
-        "tokens": after.tokens,
-        "loss": sum(terms.values()),
-        **terms,
-        "lr": note.lr,
-        "grad_norm": grad_norm,
-        "step_s": step_s,
-        "tokens_per_s": (after.tokens - before.tokens) / step_s,
-        "time": time.time(),
-    }
 
 
 def validate(run: Run) -> None:
@@ -261,15 +248,16 @@ def save(run: Run) -> None:
         "tokenizer": plan.tokenizer_fingerprint,
         "config": to_dict(run.config),
     }
-    params = convert.params(run.config.model, plan.special_tokens)
+    params = convert.Params(model=run.config.model, tokenizer={**plan.special_tokens})
 
     def beside(folder: Path) -> None:
         convert.write_params(folder, params, plan.tokenizer_path)
 
-    sharded.save(run.store, run.step, state(run), facts, beside, run.world)
+    store = Store(run.folder.checkpoints)
+    sharded.save(store, run.step, state(run), facts, beside, run.world)
     run.saved_step = run.step
     if run.world.is_main:
-        deleted = run.store.retain(run.config.checkpoint.keep)
+        deleted = store.retain(run.config.checkpoint.keep)
         seconds = time.monotonic() - begin
         run.folder.event("save", run.attempt, step=run.step, seconds=seconds, deleted=deleted)
         run.metrics.say(f"saved step {run.step} in {seconds:.1f} s")
@@ -278,13 +266,10 @@ def save(run: Run) -> None:
 
 def resume(run: Run) -> None:
     """Go to the newest good checkpoint; without one, to the weights of `init_from`, or stay at the initial ones."""
-
-    def on_damage(checkpoint: Checkpoint, damage: list[str]) -> None:
-        if run.world.is_main:
-            run.folder.event("damaged_checkpoint", run.attempt, step=checkpoint.step, damage=damage)
-            run.metrics.say(f"checkpoint {checkpoint.step} is damaged ({'; '.join(damage)}): trying the one before it")
-
-    checkpoint = sharded.newest_good(run.store, run.world, on_damage)
+    checkpoint, damaged = sharded.newest_good(Store(run.folder.checkpoints), run.world)
+    for step, damage in damaged.items() if run.world.is_main else ():
+        run.folder.event("damaged_checkpoint", run.attempt, step=step, damage=damage)
+        run.metrics.say(f"checkpoint {step} is damaged ({'; '.join(damage)}): trying the one before it")
     if checkpoint is not None:
         refuse_other_data(run, checkpoint)
         sharded.load(checkpoint, state(run), run.world.size)
@@ -305,6 +290,8 @@ def resume(run: Run) -> None:
 def refuse_other_data(run: Run, checkpoint: Checkpoint) -> None:
     """What may not change in a run: the tokenizer, the data plan, the samples before this step (the model: see the load)."""
     meta, plan = checkpoint.meta, run.resolved.plan
+    if meta.get("weights_only"):
+        raise ConfigError(f"{checkpoint.path}: holds weights alone, nothing to resume. Start a new run folder with init_from.")
     if meta["tokenizer"] != plan.tokenizer_fingerprint:
         raise ConfigError(f"{checkpoint.path}: was trained with another tokenizer. Start a new run folder (run=...).")
     if meta["plan"] != plan.fingerprint:

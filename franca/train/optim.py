@@ -53,18 +53,13 @@ def build(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the groups that the model names, with its state in place (zeros), ready to be loaded into."""
     contract: Model = model  # type: ignore[assignment]
     parameters = dict(model.named_parameters())
-    groups = [
-        {"params": [parameters[name] for name in names], "weight_decay": optim.weight_decay if group == "decay" else 0.0}
-        for group, names in contract.param_groups().items()
-        if names
-    ]
+    decays = {"decay": optim.weight_decay, "no_decay": 0.0}
+    named = contract.param_groups().items()
+    groups = [{"params": [parameters[n] for n in names], "weight_decay": decays[group]} for group, names in named if names]
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
     for parameter in parameters.values():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        }
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     return optimizer
 
 
@@ -72,11 +67,6 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradient down to `max_norm` if it is longer (0: never); returns its length before that, on every rank."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: Positive) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

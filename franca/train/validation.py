@@ -29,16 +29,16 @@ def measure(model: nn.Module, loader: Loader, facts: dict[str, Any], micro_sampl
     contract: Model = model  # type: ignore[assignment]
     model.eval()
     rows = loader.order.epoch_samples
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+    total, num_valid = torch.zeros((), dtype=torch.float64, device=world.device), 0
     for first in range(0, rows, micro_samples * world.size):
         batch = loader.rows(first + world.rank * micro_samples, micro_samples)
-        losses = contract.losses(to_device(batch, world.device))
-        totals += torch.stack([losses["nll"].double(), torch.tensor(batch.num_valid, dtype=torch.float64, device=world.device)])
-    nll, valid = world.gather_sum(totals).tolist()
+        total += contract.losses(to_device(batch, world.device))["nll"].double()
+        num_valid += batch.num_valid
+    nll, valid = world.sum([total.item(), num_valid])
     model.train()
     loss = nll / max(valid, 1)
-    bits_per_byte = loss / math.log(2) * facts["tokens"] / facts["bytes"]
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits_per_byte}
+    bits = loss / math.log(2) * facts["tokens"]
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits / facts["bytes"]}
 
 
 def to_device(batch: Any, device: torch.device) -> Batch:

@@ -57,7 +57,7 @@ def make_checkpoint(tokenizer_file: Path, tokenizer: Tokenizer) -> Callable[...,
         special = {"bos": tokenizer.bos, "eos": tokenizer.eos}
 
         def beside(folder: Path) -> None:
-            convert.write_params(folder, convert.params(config, special), tokenizer_file)
+            convert.write_params(folder, convert.Params(model=config, tokenizer=special), tokenizer_file)
 
         return sharded.save(Store(run / "checkpoints"), step, tensors, {"samples": step * 4}, beside, convert.ONE)
 

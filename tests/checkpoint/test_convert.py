@@ -1,6 +1,7 @@
 """Out to Hugging Face and in again: transformers computes what we compute, and nothing changes on the way back."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from transformers import (
 )
 
 from franca.checkpoint import convert, sharded
-from franca.checkpoint.store import Checkpoint, find
+from franca.checkpoint.store import Checkpoint, Store, find
+from franca.core.config import check
 from franca.core.errors import ConfigError
 from franca.data.tokenizer import END_OF_TEXT, Tokenizer
 from franca.models import hf
@@ -87,9 +89,13 @@ def ids(vocab_size: int, rows: int = 3, length: int = 64) -> Tensor:
     return torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
+def model_config(checkpoint: Checkpoint) -> Any:
+    return check(convert.Params, checkpoint.params, "params.json").model
+
+
 def stored(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The tensors of a checkpoint, as they lie on the disk."""
-    model = convert.model_config(checkpoint).build()
+    model = model_config(checkpoint).build()
     tensors = {f"model.{name}": torch.full_like(p, torch.nan) for name, p in model.named_parameters()}
     sharded.load(checkpoint, tensors, num_ranks=1)
     return tensors
@@ -128,7 +134,7 @@ def test_importing_the_export_gives_back_every_bit(exported: Exported, tmp_path:
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert again.params["tokenizer"] == exported.checkpoint.params["tokenizer"]
     assert again.damage() == []
-    built = convert.model_config(again)
+    built = model_config(again)
     # What was derived is now written out; the shape is the same.
     assert (built.width_of_head, built.width_of_mlp) == (exported.ours.config.width_of_head, exported.ours.config.width_of_mlp)
     assert (again.step, again.meta["weights_only"]) == (0, True)
@@ -226,6 +232,7 @@ def test_a_failed_import_leaves_no_run_and_can_be_repeated(one: tuple[Checkpoint
     with pytest.raises(ConfigError, match=r"tokenizer\.json: cannot be read"):
         convert.import_folder(broken, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    assert not (tmp_path / ".run.partial").exists()
     (broken / "tokenizer.json").write_bytes(tokenizer_json)
     convert.import_folder(broken, tmp_path / "run")
     assert find(tmp_path / "run").damage() == []
@@ -324,9 +331,70 @@ def test_an_import_that_cannot_be_is_one_error_and_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_first_of_several_end_tokens_counts(one: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+def test_several_end_tokens_are_all_kept(one: tuple[Checkpoint, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = copied(one[1], tmp_path / "hf", eos_token_id=[5, 9], bos_token_id=3)
-    assert convert.open_model(folder, torch.device("cpu"), "fp32")[2] == {"bos": 3, "eos": 5}
+    convert.import_folder(folder, tmp_path / "run")
+    special = convert.open_model(tmp_path / "run", torch.device("cpu"), "fp32")[2]
+    assert special == {"bos": 3, "eos": [5, 9]}
+    assert [convert.ids_of(special, name) for name in ("bos", "eos", "pad")] == [[3], [5, 9], []]
+    convert.export(tmp_path / "run", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == [5, 9]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == tokenizer.backend.id_to_token(5)
+
+
+def damage(checkpoint: Checkpoint) -> None:
+    file = checkpoint.path / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_not_used_and_another_one_is_named(
+    tokenizer: Tokenizer, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    config = shape(tokenizer, num_layers=1)
+    good, bad = (make_checkpoint(tmp_path / "run", config, step) for step in (3, 8))
+    damage(bad)
+    words = rf"0000000008: is damaged: __0_0\.distcp has changed since it was written\. Use {good.path}\."
+    with pytest.raises(ConfigError, match=words):
+        convert.export(tmp_path / "run", tmp_path / "hf")
+    with pytest.raises(ConfigError, match=words):
+        convert.open_model(bad.path, torch.device("cpu"), "fp32")
+    assert not (tmp_path / "hf").exists()
+    convert.export(good.path, tmp_path / "hf")
+    damage(good)
+    shutil.rmtree(bad.path)
+    with pytest.raises(ConfigError, match=r"0000000003: is damaged: .* There is no other one beside it"):
+        convert.open_model(tmp_path / "run", torch.device("cpu"), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer": None}, "tokenizer: is required and was not given"),
+        ({"model": None}, "model: is required and was not given"),
+        ({"model": None, "tokenizer": None}, "2 problems"),
+        ({"tokenizer": {"eos": "</s>"}}, "tokenizer"),
+    ],
+    ids=str,
+)
+def test_params_that_say_too_little_are_one_error(
+    tokenizer_file: Path, tokenizer: Tokenizer, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    params = {
+        "model": {"kind": "llama", "vocab_size": tokenizer.vocab_size, "dim": 16, "num_heads": 2},
+        "tokenizer": {"eos": 0},
+    }
+
+    def beside(folder: Path) -> None:
+        kept = {name: value for name, value in {**params, **change}.items() if value is not None}
+        (folder / "params.json").write_text(json.dumps(kept))
+        (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+
+    sharded.save(Store(tmp_path / "run" / "checkpoints"), 1, {"x": torch.zeros(1)}, {}, beside, convert.ONE)
+    with pytest.raises(ConfigError, match=rf"(?s)params\.json: .*{words}"):
+        convert.open_model(tmp_path / "run", torch.device("cpu"), "fp32")
 
 
 def test_a_folder_that_is_none_is_said_to_be_none(one: tuple[Checkpoint, Path], tmp_path: Path) -> None:

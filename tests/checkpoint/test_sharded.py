@@ -320,9 +320,9 @@ def three(store: Store) -> None:
 
 def test_the_newest_good_one_is_the_newest(store: Store) -> None:
     three(store)
-    found = sharded.newest_good(store, convert.ONE, lambda checkpoint, damage: pytest.fail(str(damage)))
+    found, damaged = sharded.newest_good(store, convert.ONE)
     assert found is not None
-    assert found.step == 3
+    assert (found.step, damaged) == (3, {})
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "params.json", "meta.json"])
@@ -332,25 +332,24 @@ def test_a_damaged_one_is_told_of_and_the_one_before_it_taken(store: Store, name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    told: list[tuple[int, list[str]]] = []
-    found = sharded.newest_good(store, convert.ONE, lambda checkpoint, damage: told.append((checkpoint.step, damage)))
+    found, damaged = sharded.newest_good(store, convert.ONE)
     assert found is not None
     values = {"x": torch.zeros(4)}
     sharded.load(found, values, num_ranks=1)
     assert torch.equal(values["x"], torch.full((4,), 2.0))
-    assert [step for step, _ in told] == [3]
-    assert len(told[0][1]) == 1
-    assert name in told[0][1][0]
+    assert list(damaged) == [3]
+    assert len(damaged[3]) == 1
+    assert name in damaged[3][0]
 
 
 def test_when_all_are_damaged_there_is_none(store: Store) -> None:
     three(store)
     for step in (1, 2, 3):
         (store.folder(step) / "params.json").unlink()
-    told: list[int] = []
-    assert sharded.newest_good(store, convert.ONE, lambda checkpoint, damage: told.append(checkpoint.step)) is None
-    assert told == [3, 2, 1]
+    found, damaged = sharded.newest_good(store, convert.ONE)
+    assert found is None
+    assert list(damaged) == [3, 2, 1]
 
 
 def test_without_checkpoints_there_is_none(store: Store) -> None:
-    assert sharded.newest_good(store, convert.ONE, lambda checkpoint, damage: pytest.fail(str(damage))) is None
+    assert sharded.newest_good(store, convert.ONE) == (None, {})

@@ -175,7 +175,7 @@ def test_words_are_dot_lists():
 
 
 def test_a_word_that_is_no_yaml_is_refused():
-    with pytest.raises(ConfigError, match=r"a=\[1, : cannot be understood"):
+    with pytest.raises(ConfigError, match=r"a=\[1, : is not valid YAML"):
         parse_words(["a=[1, "])
 
 
@@ -220,7 +220,7 @@ def test_merging_changes_neither_side():
         ({"optim": {"betas": 0.9}}, "optim.betas: input should be a valid array, got 0.9 (float)"),
         ({"optim": {"warmup": "5 lightyears"}}, "optim.warmup: '5 lightyears': 'lightyears' is not a unit"),
         ({"optim": {"warmup": 5}}, "optim.warmup: 5 is not a number and a unit, for example '2000 steps'"),
-        ({"imports": "json"}, "imports: expected a list of module names, got 'json'"),
+        ({"imports": "json"}, "imports: input should be a valid array, got 'json' (str)"),
         ({"imports": ["no_such_module_here"]}, "imports: 'no_such_module_here' cannot be imported"),
     ],
 )
@@ -311,6 +311,12 @@ def test_a_config_written_as_yaml_is_the_same_config_again(tmp_path_factory, app
     assert load(AppConfig, path) == app
     assert check(AppConfig, to_dict(app), "x") == app
     assert differences(to_dict(app), to_dict(load(AppConfig, path))) == []
+
+
+@pytest.mark.parametrize("text", ["${x}", "a ${b.c} d", "${", "$5", "${oc.env:HOME} é", '"${q}"\n'])
+def test_a_literal_interpolation_in_a_text_is_that_text_again(tmp_path, text):
+    app = check(AppConfig, MINIMAL | {"name": text, "parts": [{"path": text}]}, "x")
+    assert load(AppConfig, write(tmp_path, "again.yaml", to_yaml(app))) == app
 
 
 def test_yaml_keeps_the_order_of_the_fields():

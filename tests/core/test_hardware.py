@@ -2,7 +2,7 @@
 
 import pytest
 
-from franca.core.hardware import find, known
+from franca.core.hardware import TABLE, find
 
 
 @pytest.mark.parametrize(
@@ -30,17 +30,17 @@ def test_an_unknown_device_stays_unknown(reported):
 
 
 def test_the_longest_name_wins():
-    longer = [(one, other) for one in known() for other in known() if one is not other and other.name in one.name]
+    longer = [(one, other) for one in TABLE for other in TABLE if one is not other and other.name in one.name]
     assert all(find(f"NVIDIA {one.name}") is one for one, _ in longer)
-    assert all(find(device.name) is device for device in known())
+    assert all(find(device.name) is device for device in TABLE)
 
 
 def test_the_figures_agree_with_each_other():
-    for device in known():
+    for device in TABLE:
         assert 16e9 <= device.memory_bytes <= 300e9
         assert 0.5e12 <= device.bandwidth_bytes_s <= 10e12
         assert 200 <= device.power_w <= 1500
         assert device.bf16_flops is None or 100e12 <= device.bf16_flops <= 3000e12
         if device.fp8_flops is not None:
             assert device.fp8_flops == pytest.approx(2 * device.bf16_flops, rel=0.03)
-    assert len({device.name for device in known()}) == len(known())
+    assert len({device.name for device in TABLE}) == len(TABLE)

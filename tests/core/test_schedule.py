@@ -91,7 +91,7 @@ def test_a_batch_without_a_ramp_is_one_stage():
         (1024, 0, 16, "5M samples", "goes from 0 to 1024"),
         (1024, 16, 0, "5M samples", "increments of 0"),
         (1024, 16, 16, "5M tokens", "measured in samples, for example '5M samples'"),
-        (0, 16, 16, "5M samples", "batch_samples is 0; it must be at least 1"),
+        (0, 16, 16, "5M samples", "goes from 16 to 0"),
     ],
 )
 def test_a_ramp_that_does_not_lead_to_the_batch_is_refused(batch, start, increment, over, message):

@@ -1,5 +1,6 @@
 """The bytes of Megatron-LM's `.bin/.idx`, and every way in which they can be wrong."""
 
+import hashlib
 import json
 import os
 import struct
@@ -61,10 +62,21 @@ def test_adding_in_pieces_is_adding_at_once(tmp_path):
         pieces.add([array])
         pieces.add([])
     assert whole.num_tokens == pieces.num_tokens == 6
-    whole.commit()
-    pieces.commit()
+    assert whole.commit() == pieces.commit()
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"whole{suffix}").read_bytes() == (tmp_path / f"pieces{suffix}").read_bytes()
+
+
+def test_the_hash_of_a_shard_is_of_its_tokens_and_of_where_its_documents_end(tmp_path):
+    def hash_of(documents, dtype=np.uint16):
+        writer = ShardWriter(tmp_path / "x", np.dtype(dtype))
+        writer.add([np.array(document, np.int64) for document in documents])
+        return writer.commit()
+
+    tokens, lengths = struct.pack("<6H", 5, 6, 7, 65_535, 1, 2), struct.pack("<4i", 3, 0, 1, 2)
+    assert hash_of(DOCUMENTS) == hashlib.sha256(tokens + lengths).hexdigest()
+    others = [[[5, 6, 7, 65_535, 1, 2]], [[5, 6, 7], [], [65_535], [1, 3]], DOCUMENTS[::-1]]
+    assert len({hash_of(DOCUMENTS), *map(hash_of, others)}) == 4
 
 
 def test_nothing_is_visible_before_the_commit(tmp_path):

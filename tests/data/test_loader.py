@@ -1,5 +1,6 @@
 """Every token once per epoch, on any number of ranks, and rows that agree with a naive loop."""
 
+import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from franca.core.config import check
 from franca.core.duration import Duration
 from franca.core.errors import ConfigError
 from franca.core.schedule import Stage, Timeline
@@ -205,7 +207,8 @@ def make_dataset(write_shards, root, sources, sha256="one", vocab_size=300):
         entries[name] = {}
         for split, documents in zip(("train", "validation"), splits, strict=True):
             shards = write_shards(root / split / name, [documents]) if documents else []
-            entries[name][split] = {"shards": len(shards), "tokens": sum(map(len, documents))}
+            hashes = [hashlib.sha256(s.bin_path.read_bytes() + s.idx_path.read_bytes()).hexdigest() for s in shards]
+            entries[name][split] = {"shards": len(shards), "tokens": sum(map(len, documents)), "sha256": hashes}
     tokenizer = {"sha256": sha256, "vocab_size": vocab_size, "bos": None, "eos": 7}
     manifest = {"tokenizer": tokenizer, "sources": entries}
     (root / "manifest.json").write_text(json.dumps(manifest))
@@ -230,13 +233,52 @@ def test_a_plan_opens_every_source_of_every_dataset(write_shards, tmp_path):
 
 
 def test_everything_wrong_with_the_data_settings_is_said_at_once():
-    sources = (SourceConfig(path="a", weight=0.0), SourceConfig(path="b", max_epochs=0.0))
+    values = {"sources": [{"path": "a", "weight": 0.0}, {"path": "b", "max_epochs": 0.0}], "seq_len": 0}
     with pytest.raises(ConfigError) as caught:
-        open_plan(DataConfig(sources=sources, seq_len=0))
+        check(DataConfig, values, "data")
     message = str(caught.value)
-    assert "4 problems" in message
-    for part in ("data.seq_len: is 0", "some sources have a weight", "sources[0].weight: is 0", "sources[1].max_epochs: is 0"):
+    assert "3 problems" in message
+    for part in (
+        "seq_len: input should be greater than or equal to 1, got 0",
+        "sources[0].weight: ",
+        "sources[1].max_epochs: ",
+    ):
         assert part in message
+    assert message.count("input should be greater than 0, got 0.0") == 2
+
+
+def test_weights_for_some_sources_only_are_refused(write_shards, tmp_path):
+    one = make_dataset(write_shards, tmp_path / "one", {"x": ([[1, 2, 3]], [])})
+    with pytest.raises(ConfigError, match=r"data\.sources: either every source has a weight or none has"):
+        open_plan(DataConfig(sources=(SourceConfig(path=one, weight=1.0), SourceConfig(path=one))))
+
+
+def plan_of(*paths, **facts):
+    return open_plan(DataConfig(sources=tuple(SourceConfig(path=str(path), **facts) for path in paths), seq_len=2))
+
+
+def first_rows(plan, count=6):
+    return Loader(plan.order, plan.shards, Timeline((), 2, 9), 99).rows(0, count).tokens_BT.tolist()
+
+
+@pytest.mark.parametrize("weight", [None, 1.0])
+def test_a_dataset_may_be_renamed_but_not_replaced_by_other_content(write_shards, tmp_path, weight):
+    documents = number_documents([4, 5, 6])
+    other = [[9, *documents[0][1:]], *documents[1:]]
+    cut_elsewhere = number_documents([5, 4, 6])
+    paths = [tmp_path / name for name in ("here", "moved/there", "other", "cut", "second")]
+    for path, content in zip(paths, [documents, documents, other, cut_elsewhere, [[7] * 9]], strict=True):
+        make_dataset(write_shards, path, {"x": (content, [])})
+    here, there, changed, cut = (plan_of(path, paths[4], weight=weight) for path in paths[:4])
+    assert here.fingerprint == there.fingerprint
+    assert first_rows(here) == first_rows(there)
+    assert len({here.fingerprint, changed.fingerprint, cut.fingerprint}) == 3
+
+
+def test_shortages_name_the_folder(write_shards, tmp_path):
+    make_dataset(write_shards, tmp_path / "one", {"x": (number_documents([4]), [])})
+    (line,) = plan_of(tmp_path / "one").order.shortages(100)
+    assert f"{tmp_path}/one has 2 rows" in line
 
 
 def test_no_source_at_all_is_refused():

@@ -267,6 +267,10 @@ def test_the_fingerprint_is_the_same_again_and_with_other_limits():
         ([Source("a", (9,), 1.0), Source("b", (9,), -1.0)], "weights must be above zero"),
         ([Source("a", (9,), math.nan), Source("b", (9,), 1.0)], "weights must be above zero"),
         ([Source("a", (9,), 1.0), Source("empty", (0,), 1.0)], "'empty' holds no tokens"),
+        (
+            [Source("a", (9,), 1.0), Source("h", (9,), 9e-7, label="rare")],
+            r"weight of rare is 9e-07 of the sum; at least 1e-06",
+        ),
     ],
 )
 def test_sources_that_give_no_order_are_refused(sources, message):

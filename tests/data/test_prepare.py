@@ -1,6 +1,7 @@
 """Text to a dataset folder and back, whole or not at all."""
 
 import gzip
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import zstandard
 
+from franca.core.config import check, to_dict
 from franca.core.errors import ConfigError
 from franca.data import prepare as module
-from franca.data.indexed import Dataset
+from franca.data.indexed import Dataset, Shard
 from franca.data.prepare import PrepareConfig, TokenizerConfig, is_held_out, main, prepare
 from franca.data.sources import CorpusConfig
 from franca.data.tokenizer import END_OF_TEXT, Tokenizer
@@ -84,6 +86,12 @@ def test_small_shards_hold_the_same_documents(tmp_path, make, shard_tokens):
     assert (entry["train"]["shards"] == 1) == (shard_tokens == 10**9)
 
 
+def shard_hash(prefix):
+    shard = Shard(prefix)
+    begins = [*shard.boundaries(0, shard.num_tokens), shard.num_tokens]
+    return hashlib.sha256(shard.bin_path.read_bytes() + np.diff(begins).astype(np.int32).tobytes()).hexdigest()
+
+
 def test_the_manifest_counts_what_is_there(tmp_path, make, tokenizer_path):
     write_lines(tmp_path / "a.jsonl", TEXTS)
     root = prepare(make("*.jsonl"))
@@ -96,6 +104,7 @@ def test_the_manifest_counts_what_is_there(tmp_path, make, tokenizer_path):
             "tokens": sum(map(len, tokenizer.encode(texts, eos=True))),
             "bytes": sum(len(text.encode()) for text in texts),
             "shards": 1,
+            "sha256": [shard_hash(root / split / "mine" / "00000")],
         }
     assert manifest["sources"]["mine"]["skipped"] == 0
     facts = {"sha256": tokenizer.fingerprint, "vocab_size": 300, "bos": None, "eos": tokenizer.eos}
@@ -299,18 +308,24 @@ def test_where_everything_is_held_out_there_is_nothing_to_learn_or_train_on(tmp_
         ({"sources": {}}, "sources: is empty"),
         ({"sources": {"../up": CorpusConfig(paths=("a",))}}, r"'\.\./up' cannot be a folder's name"),
         ({"sources": {".hidden": CorpusConfig(paths=("a",))}}, "cannot be a folder's name"),
-        ({"validation_share": 1.0}, "validation_share: is 1; it must be at least 0 and below 1"),
-        ({"validation_share": -0.1}, "validation_share: is -0.1"),
-        ({"shard_tokens": 0}, "shard_tokens: is 0"),
-        ({"tokenizer": TokenizerConfig(vocab_size=256)}, "256 bytes and one special token need 257"),
-        ({"tokenizer": TokenizerConfig(train_bytes=0)}, "tokenizer.train_bytes: is 0"),
+        ({"validation_share": 1.0}, r"validation_share: input should be less than 1, got 1\.0"),
+        ({"validation_share": -0.1}, r"validation_share: input should be greater than or equal to 0, got -0\.1"),
+        ({"shard_tokens": 0}, "shard_tokens: input should be greater than or equal to 1, got 0"),
+        (
+            {"tokenizer": TokenizerConfig(vocab_size=256)},
+            r"tokenizer\.vocab_size: input should be greater than or equal to 257, got 256",
+        ),
+        (
+            {"tokenizer": TokenizerConfig(train_bytes=0)},
+            r"tokenizer\.train_bytes: input should be greater than or equal to 1, got 0",
+        ),
         ({"add_bos": True}, "this tokenizer has no BOS token; set add_bos: false"),
     ],
 )
 def test_settings_that_make_no_dataset_are_refused(tmp_path, make, change, message):
     write_lines(tmp_path / "a.jsonl", TEXTS)
     with pytest.raises(ConfigError, match=message):
-        prepare(make("a.jsonl", **change))
+        prepare(check(PrepareConfig, to_dict(make("a.jsonl", **change)), "data.yaml"))
     assert not (tmp_path / "out").exists()
 
 

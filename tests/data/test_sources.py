@@ -96,6 +96,15 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line, reason):
     assert reasons[0].startswith(f"{path}:2: {reason}")
 
 
+def test_a_pretty_printed_array_is_told_that_json_lines_are_expected(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=2))
+    documents, reasons = read(path)
+    assert documents == []
+    assert reasons[0].startswith(f"{path}:1: is not JSON")
+    assert "JSON lines are expected: one whole object on every line" in reasons[0]
+
+
 def test_bytes_that_are_no_utf8_are_named(tmp_path):
     text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_bytes(b"abc\xff")

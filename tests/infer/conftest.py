@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
     def beside(folder: Path) -> None:
         special = {"bos": tokenizer.bos, "eos": tokenizer.eos}
-        convert.write_params(folder, convert.params(config, special), root / "tokenizer.json")
+        convert.write_params(folder, convert.Params(model=config, tokenizer=special), root / "tokenizer.json")
 
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     sharded.save(Store(root / "run" / "checkpoints"), 3, tensors, {}, beside, convert.ONE)

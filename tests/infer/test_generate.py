@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from franca.infer.generate import SamplingConfig, choose, generate, problems
+from franca.core.config import check
+from franca.core.errors import ConfigError
+from franca.infer.generate import SamplingConfig, choose, generate
 
 GREEDY = SamplingConfig(max_new_tokens=20, temperature=0)
 EQUAL = [[5, 9, 200, 7], [300, 1, 2, 3], [40, 41, 42, 43]]
@@ -47,23 +49,26 @@ def test_greedy_tokens_are_those_of_transformers(trained: Any, theirs: Any, prom
 def test_a_row_ends_before_its_stop_token(trained: Any, theirs: Any, prompts: list[list[int]]) -> None:
     free = generate(trained.model, prompts, GREEDY)
     stop = free[1][6]  # a token that does appear
-    stopped = generate(trained.model, prompts, GREEDY, stop)
+    stopped = generate(trained.model, prompts, GREEDY, [stop])
     assert stopped == their_greedy(theirs, prompts, stop, 20)
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
     assert len(stopped[1]) <= 6
 
 
-def test_generation_ends_when_all_rows_have(trained: Any) -> None:
+def test_a_row_ends_before_the_first_of_several_stop_tokens(trained: Any) -> None:
+    free = generate(trained.model, EQUAL, GREEDY)
+    stops = {free[0][7], free[1][6]}
+    cuts = [min([row.index(stop) for stop in stops if stop in row], default=20) for row in free]
+    assert generate(trained.model, EQUAL, GREEDY, stops) == [row[:cut] for row, cut in zip(free, cuts, strict=True)]
+
+
+def test_generation_ends_when_all_rows_have(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = generate(trained.model, EQUAL[:1], GREEDY)[0][3]
-    seen: list[list[int]] = []
-    [row] = generate(trained.model, EQUAL[:1], GREEDY, stop, seen.append)
-    assert seen == [[token] for token in row]
-
-
-def test_every_new_token_is_shown_as_it_comes(trained: Any) -> None:
-    seen: list[list[int]] = []
-    rows = generate(trained.model, EQUAL, GREEDY, on_tokens=seen.append)
-    assert [list(row) for row in zip(*seen, strict=True)] == rows
+    passes: list[int] = []
+    real = trained.model.next_logits
+    monkeypatch.setattr(trained.model, "next_logits", lambda *given: passes.append(1) or real(*given))
+    [row] = generate(trained.model, EQUAL[:1], GREEDY, [stop])
+    assert len(passes) == len(row) + 1
 
 
 @pytest.mark.parametrize("row", range(len(UNEQUAL)))
@@ -172,6 +177,20 @@ def test_the_narrowest_choice_is_the_most_likely_token(trained: Any, options: di
     assert generate(trained.model, UNEQUAL, SamplingConfig(max_new_tokens=20, seed=3, **options)) == greedy
 
 
+@pytest.mark.parametrize(("top_k", "allowed"), [(1, [1]), (2, [1, 4]), (3, [1, 3, 4]), (4, [0, 1, 3, 4]), (5, range(5))])
+def test_of_equally_likely_tokens_the_first_are_kept(top_k: int, allowed: list[int]) -> None:
+    logits = torch.tensor([0.5, 2.0, 0.5, 1.0, 2.0])
+    assert drawn(logits, 2000, top_k=top_k).nonzero().flatten().tolist() == list(allowed)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-9}], ids=str)
+def test_the_narrowest_choice_among_equals_is_the_greedy_one(options: dict[str, Any]) -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0, 3.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 5.0]])
+    for seed in range(20):
+        chosen = choose(logits, SamplingConfig(**options), torch.Generator().manual_seed(seed))
+        assert torch.equal(chosen, choose(logits, SamplingConfig(temperature=0), torch.Generator()))
+
+
 def test_rows_are_drawn_from_their_own_logits() -> None:
     logits = torch.full((3, 5), -torch.inf)
     for row, token in enumerate([4, 0, 2]):
@@ -212,17 +231,21 @@ def test_what_just_fits_is_generated(trained: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens: is 0; it must be at least 1"),
-        ({"temperature": -0.5}, "temperature: is -0.5; it must not be negative"),
-        ({"top_k": 0}, "top_k: is 0; it must be at least 1"),
-        ({"top_p": 0.0}, "top_p: is 0; it must be above 0 and at most 1"),
-        ({"top_p": 1.5}, "top_p: is 1.5; it must be above 0 and at most 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: input should be greater than or equal to 1, got 0"),
+        ({"temperature": -0.5}, "temperature: input should be greater than or equal to 0, got -0.5"),
+        ({"top_k": 0}, "top_k: input should be greater than or equal to 1, got 0"),
+        ({"top_p": 0.0}, "top_p: input should be greater than 0, got 0.0"),
+        ({"top_p": 1.5}, "top_p: input should be less than or equal to 1, got 1.5"),
     ],
+    ids=str,
 )
 def test_wrong_settings_are_told(options: dict[str, Any], words: str) -> None:
-    assert problems(SamplingConfig(**options)) == [words]
+    with pytest.raises(ConfigError, match=f"^here: {words}"):
+        check(SamplingConfig, options, "here")
 
 
 def test_right_settings_have_no_problems_and_wrong_ones_are_told_together() -> None:
-    assert problems(SamplingConfig(top_k=5, top_p=1.0, temperature=0)) == []
-    assert len(problems(SamplingConfig(max_new_tokens=0, temperature=-1, top_k=0, top_p=2))) == 4
+    right = {"top_k": 5, "top_p": 1.0, "temperature": 0.0}
+    assert check(SamplingConfig, right, "here") == SamplingConfig(**right)
+    with pytest.raises(ConfigError, match=r"^here: 4 problems\n"):
+        check(SamplingConfig, {"max_new_tokens": 0, "temperature": -1.0, "top_k": 0, "top_p": 2.0}, "here")

@@ -131,6 +131,14 @@ def test_without_document_numbers_documents_do_see_each_other(model: Decoder) ->
     assert not torch.allclose(model(row)[:, 10:], model(row, document, position)[:, 10:], atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["document_BT", "position_BT"])
+def test_documents_and_positions_are_refused_with_a_cache(model: Decoder, name: str) -> None:
+    cache = model.new_cache(1, 8)
+    with pytest.raises(ValueError, match="given with a cache, which counts positions itself"):
+        model(tokens(1, 4), cache=cache, **{name: torch.zeros(1, 4, dtype=torch.int64)})
+    assert cache.length == 0
+
+
 # --- counts
 
 

@@ -33,7 +33,7 @@ def empty(config: LlamaConfig) -> dict[str, Tensor]:
 
 
 def values(**changes: Any) -> dict[str, Any]:
-    return {**hf.to_hf_config(SMALL, None, 0, torch.float32), **changes}
+    return {**hf.to_hf_config(SMALL, {"bos": None, "eos": 0}, torch.float32), **changes}
 
 
 # --- config.json
@@ -54,7 +54,7 @@ def values(**changes: Any) -> dict[str, Any]:
 )
 def test_a_config_survives_the_way_there_and_back(options: dict[str, Any]) -> None:
     config = dataclasses.replace(SMALL, **options)
-    written = json.loads(json.dumps(hf.to_hf_config(config, 1, 2, torch.bfloat16)))
+    written = json.loads(json.dumps(hf.to_hf_config(config, {"bos": 1, "eos": 2}, torch.bfloat16)))
     assert hf.from_hf_config(written, "config.json") == config
 
 
@@ -87,6 +87,7 @@ def test_the_older_spelling_of_rope_is_read() -> None:
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "linear"]),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, ["has no 'factor'"]),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
+        ({"partial_rotary_factor": 0.25}, ["partial_rotary_factor", "0.25"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

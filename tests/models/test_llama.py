@@ -1,6 +1,7 @@
 """The family's config: what it derives, what it refuses, what it names."""
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -30,19 +31,30 @@ def test_widths_are_derived_when_not_given() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dim": 0}, ["model.dim", "0"]),
-        ({"num_layers": -1}, ["model.num_layers", "-1"]),
         ({"num_heads": 5}, ["32", "5", "head_dim"]),
         ({"dim": 36}, ["9 wide", "even"]),
         ({"head_dim": 7}, ["7 wide", "even"]),
         ({"num_kv_heads": 3}, ["num_kv_heads", "3"]),
-        ({"num_kv_heads": 0}, ["num_kv_heads", "0"]),
     ],
 )
 def test_a_shape_that_cannot_be_built_is_one_problem_in_words(options: dict[str, Any], words: list[str]) -> None:
     found = dataclasses.replace(SMALL, **options).problems()
     assert len(found) == 1
     assert all(word in found[0] for word in words)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dim": 0}, {"num_layers": -1}, {"num_kv_heads": 0}, {"norm_eps": 0.0}, {"rope_scaling": {"factor": 0.0}}],
+    ids=str,
+)
+def test_a_number_out_of_range_is_refused_when_the_config_is_read(options: dict[str, Any]) -> None:
+    [(name, value)] = options.items()
+    if isinstance(value, dict):
+        [(key, value)] = value.items()
+        name = f"{name}.{key}"
+    with pytest.raises(ConfigError, match=rf"^here: model\.{re.escape(name)}: .*greater than .*got {value} "):
+        check(Section, {"model": {"kind": "llama", **options}}, "here")
 
 
 @pytest.mark.parametrize(
@@ -80,13 +92,3 @@ def test_every_parameter_has_one_name_in_the_other_library(options: dict[str, An
 def test_a_parameter_without_a_name_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"layers\.0\.router\.weight"):
         expand_names(LlamaConfig.hf_names, ["layers.0.router.weight"])
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_tensor_parallel_plan_names_modules_that_exist(tied: bool) -> None:
-    model = dataclasses.replace(SMALL, tied=tied).build()
-    names = {name for name, _ in model.named_modules()}
-    plan = model.tp_plan()
-    assert {name.replace("*", "0") for name in plan} <= names
-    assert set(plan.values()) == {"colwise", "rowwise"}
-    assert ("head" in plan) == (not tied)

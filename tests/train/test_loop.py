@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from franca.checkpoint import sharded
 from franca.checkpoint.convert import open_model
 from franca.checkpoint.store import Store
 from franca.core.errors import ConfigError
@@ -177,6 +178,15 @@ def test_init_from_starts_from_the_weights_of_another_run(run_file, records) -> 
     path = run_file("second", train={"length": "5 steps"}, optim={"lr": 1e-9, "warmup": "1 steps"})
     assert train(path, f"init_from={read_config(run_file('first'), []).run}") == 0
     assert records(Path(read_config(path, []).run))[0]["loss"] < first[0]["loss"] - 1
+
+
+def test_a_folder_of_imported_weights_is_no_run_to_go_on_with(run_file) -> None:
+    path = run_file(train={"length": "2 steps"}, optim={"warmup": "1 steps"})
+    folder = Path(read_config(path, []).run)
+    tensors = {"model.norm.weight": torch.ones(32)}
+    sharded.save(Store(folder / "checkpoints"), 0, tensors, {"weights_only": True}, lambda partial: None, HERE)
+    with pytest.raises(ConfigError, match=r"holds weights alone, nothing to resume\. Start a new run folder with init_from"):
+        train(path)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(run_file) -> None:

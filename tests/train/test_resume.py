@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import Blow
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from franca.checkpoint import sharded
@@ -43,26 +44,25 @@ def test_stop_and_kill_leave_no_trace(launch, run_file, records, ranks: int, pre
     whole = launch(run_file("whole", train=train), ranks=ranks)
     assert whole.wait() == [0] * ranks
 
-    stop_at = rng.randrange(2, 38)
+    stop = Blow(
+        rng.choice([signal.SIGTERM, signal.SIGUSR2]), rng.randrange(1, 31), rng.uniform(0, 0.005), (rng.randrange(ranks),)
+    )
     path = run_file("stopped", train=train)
-    stopped = launch(path, ranks=ranks)
-    stopped.wait_for_step(stop_at)
-    stopped.signal(rng.choice([signal.SIGTERM, signal.SIGUSR2]), ranks=[rng.randrange(ranks)])  # one rank is enough
-    codes = stopped.wait()
-    assert codes == [75] * ranks, f"seed {SEED}, stop at {stop_at}: exit codes {codes}"
+    stopped = launch(path, ranks=ranks, blow=stop)  # one rank is told, all stop
+    assert stopped.wait() == [75] * ranks, f"seed {SEED}, {stop}"
     assert launch(path, ranks=ranks).wait() == [0] * ranks
 
-    kill_at = rng.randrange(12, 38)
+    kill = Blow(signal.SIGKILL, rng.randrange(12, 31), rng.uniform(0, 0.005), ranks=tuple(range(ranks)))
     path = run_file("killed", train=train)
-    killed = launch(path, ranks=ranks)
-    killed.wait_for_step(kill_at)
-    killed.signal(signal.SIGKILL)
-    assert killed.wait() == [-signal.SIGKILL] * ranks, f"seed {SEED}, kill at {kill_at}"
+    killed = launch(path, ranks=ranks, blow=kill)
+    codes = killed.wait()
+    assert -signal.SIGKILL in codes, f"seed {SEED}, {kill}: {codes}"
+    assert not {0, 75} & set(codes), f"seed {SEED}, {kill}: {codes}"
     assert launch(path, ranks=ranks).wait() == [0] * ranks
 
     expected = last_tensors(whole.folder)
-    for run, moment in ((stopped, stop_at), (killed, kill_at)):
-        what = f"seed {SEED}, {run.folder.name} at step {moment} on {ranks} rank(s)"
+    for run, blow in ((stopped, stop), (killed, kill)):
+        what = f"seed {SEED}, {blow} on {ranks} rank(s)"
         assert_same_bits(last_tensors(run.folder), expected, what)
         assert records(run.folder) == records(whole.folder), what
         assert [record["step"] for record in records(run.folder)] == list(range(1, 41))
@@ -76,11 +76,9 @@ def test_the_number_of_ranks_may_change_in_a_run(launch, run_file, records) -> N
     whole = launch(run_file("whole"))
     assert whole.wait() == [0]
     path = run_file("elastic")
-    stops = sorted(rng.sample(range(5, 36), 3))
+    stops = [rng.randrange(3, 9), rng.randrange(13, 19), rng.randrange(23, 29)]
     for ranks, stop in zip([1, 2, 4], stops, strict=True):
-        run = launch(path, ranks=ranks)
-        run.wait_for_step(stop)
-        run.signal(signal.SIGTERM)
+        run = launch(path, ranks=ranks, blow=Blow(signal.SIGTERM, stop, 0.0, (0,)))
         assert run.wait() == [75] * ranks, f"seed {SEED}, stops {stops}"
     assert launch(path).wait() == [0]
     for mine, theirs in zip(records(run.folder), records(whole.folder), strict=True):
