@@ -34,7 +34,7 @@ def _call(target: str, *arguments: Any) -> Any:
 @app.command(epilog="Example: franca demo my_demo")
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where everything goes; must not exist yet.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(help="How long to train; the default takes about three minutes on two cores.")] = 500,
+    steps: Annotated[int, typer.Option(help="How long to train; the default takes about three minutes on two cores.")] = 1100,
 ) -> None:
     """The whole way on this machine: prepare, train, stop, resume, measure, sample, export."""
     raise typer.Exit(_call("franca.demo:main", folder, steps))

@@ -23,7 +23,7 @@ def test_the_demonstration_walks_the_whole_way(tmp_path: Path) -> None:
     assert Store(run / "checkpoints").committed()[-1].step == 6
     bits = dict(re.findall(r"^  (\S+).* (\d+\.\d+) bits per byte$", result.stdout, re.MULTILINE))
     assert set(bits) == {"franca", "gzip", "xz"}
-    assert float(bits["xz"]) < float(bits["gzip"]) < 3 < float(bits["franca"]) < 8
+    assert 1 < float(bits["xz"]) < float(bits["gzip"]) < float(bits["franca"]) < 8
     model = AutoModelForCausalLM.from_pretrained(folder / "hf")
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     assert model.generate(**tokenizer("def f(", return_tensors="pt"), max_new_tokens=2, do_sample=False).shape[0] == 1

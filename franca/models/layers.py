@@ -238,7 +238,7 @@ class KVCache:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """`shape`: (layers, B, K, most positions, E)."""
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in range(2))
         self.length = 0
         self.pads_B: Tensor | None = None
 
@@ -247,7 +247,7 @@ class KVCache:
 
         A pad may see itself, so that its softmax has a term; nobody else sees it.
         """
-        seen_S = torch.arange(self.length + count, device=self.keys.device)
+        seen_S = torch.arange(self.length + count, device=self.keys[0].device)
         slots_T = seen_S[self.length :]
         if self.pads_B is None and (self.length == 0 or count == 1):
             return slots_T[None], None
@@ -260,10 +260,12 @@ class KVCache:
 
     def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new positions of a layer; returns all keys and values so far, (B, K, S, E). `advance` follows."""
-        end = self.length + k_BKTE.shape[2]
-        self.keys[layer, :, :, self.length : end] = k_BKTE
-        self.values[layer, :, :, self.length : end] = v_BKTE
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        begin, count = self.length, k_BKTE.shape[2]
+        stored = []
+        for cache_BKSE, new_BKTE in ((self.keys[layer], k_BKTE), (self.values[layer], v_BKTE)):
+            cache_BKSE.narrow(2, begin, count).copy_(new_BKTE)
+            stored.append(cache_BKSE.narrow(2, 0, begin + count))
+        return stored[0], stored[1]
 
     def advance(self, count: int) -> None:
         self.length += count
