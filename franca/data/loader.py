@@ -195,17 +195,9 @@ def open_plan(data: DataConfig) -> Plan:
         order = Order(sources, data.seq_len, data.seed)
     except ValueError as error:
         raise ConfigError(f"data.sources: {error}") from None
-    _allow_open_files(2 * sum(map(len, shards)))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every memory map keeps a file open; 1024 is a usual soft limit
     return Plan(datasets, order, tuple(shards))
-
-
-def _allow_open_files(number: int) -> None:
-    """Make room for `number` more open files, as far as is allowed: every memory map keeps one, and 1024 is a usual limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = number + 1024
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def validation_sets(plan: Plan, data: DataConfig) -> dict[str, tuple[Loader, dict[str, Any]]]:

@@ -41,7 +41,7 @@ class Tokenizer:
             raise ConfigError(f"{path}: is not a tokenizer.json ({error})") from None
 
     @classmethod
-    def train(cls, texts: Iterator[str], vocab_size: int, show_progress: bool = False) -> "Tokenizer":
+    def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
         """A byte-level BPE tokenizer (Sennrich et al. 2016, over bytes) with one special token, END_OF_TEXT."""
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,7 +50,7 @@ class Tokenizer:
             vocab_size=vocab_size,
             special_tokens=[END_OF_TEXT],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=show_progress,
+            show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
         return cls(backend)
@@ -84,5 +84,6 @@ class Tokenizer:
         encodings: list[Any] = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array([*head, *e.ids, *tail] if e.ids else [], np.int64) for e in encodings]
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens written out."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=False))
