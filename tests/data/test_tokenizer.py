@@ -43,7 +43,7 @@ def test_a_literal_special_token_is_text(tokenizer, text):
     assert ids[:-1].tolist().count(tokenizer.eos) == 0
     assert ids[-1] == tokenizer.eos
     assert tokenizer.decode(ids[:-1].tolist()) == text
-    assert tokenizer.decode(ids.tolist()) == text
+    assert tokenizer.decode(ids.tolist()) == text + END_OF_TEXT
 
 
 def test_an_empty_text_has_no_tokens_and_batches_are_their_texts(tokenizer):
