@@ -8,6 +8,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -353,3 +354,29 @@ def test_when_all_are_damaged_there_is_none(store: Store) -> None:
 
 def test_without_checkpoints_there_is_none(store: Store) -> None:
     assert sharded.newest_good(store, convert.ONE) == (None, {})
+
+
+class EarlyPickler(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.0 to 3.11.3 do: getattr(class, name)."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_an_index_written_by_an_early_python_3_11_is_read(checkpoint: Checkpoint) -> None:
+    path = checkpoint.path / ".metadata"
+    index = sharded.Reader(checkpoint.path).read_metadata()
+    with open(path, "wb") as file:
+        EarlyPickler(file).dump(index)
+    assert b"getattr" in path.read_bytes()
+    assert sharded.Reader(checkpoint.path).read_metadata().state_dict_metadata == index.state_dict_metadata
+
+
+def test_getattr_serves_nothing_else(checkpoint: Checkpoint) -> None:
+    class Reach:
+        def __reduce__(self) -> Any:
+            return getattr, (Path, "cwd")
+
+    (checkpoint.path / ".metadata").write_bytes(pickle.dumps(Reach()))
+    with pytest.raises(ConfigError, match=r"attribute of .*Path"):
+        sharded.Reader(checkpoint.path).read_metadata()
