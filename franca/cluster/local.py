@@ -26,13 +26,15 @@ def main(path: Path, words: list[str], num_ranks: int) -> int:
         raise ConfigError(f"--ranks: is {num_ranks}; it must be at least 1")
     command = [sys.executable, "-m", "franca", "train", str(path), *words]
     port = str(_free_port())
-    ranks = [subprocess.Popen(command, env=_environment(rank, num_ranks, port)) for rank in range(num_ranks)]
+    ranks: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         _signal(ranks, number)
 
     before = {number: signal.signal(number, pass_on) for number in FORWARDED}
     try:
+        for rank in range(num_ranks):  # each in a group of its own: a terminal's Ctrl-C comes to them from here, once
+            ranks.append(subprocess.Popen(command, env=_environment(rank, num_ranks, port), process_group=0))
         return _wait(ranks)
     finally:
         for number, handler in before.items():

@@ -4,6 +4,7 @@ Figures are the vendors' data sheets: dense (no sparsity) bf16 and fp8 matrix FL
 bandwidth, watts of board power.
 """
 
+import re
 from dataclasses import dataclass
 
 TERA = 1e12
@@ -42,5 +43,5 @@ TABLE = (
 
 def find(name: str) -> Device | None:
     """The device whose table name is in `name` (as the driver reports it); the longest wins, None when there is none."""
-    matches = [device for device in TABLE if device.name.lower() in name.lower()]
+    matches = [device for device in TABLE if re.search(rf"(?<!\w){re.escape(device.name)}(?!\w)", name, re.IGNORECASE)]
     return max(matches, key=lambda device: len(device.name), default=None)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    def __call__(self, done: float, text: str = "") -> None: ...
+    def __call__(self, done: float, text: str = "", left_s: float | None = None) -> None: ...
 
 
 def clock_text(seconds: float) -> str:
@@ -34,19 +34,19 @@ def progress(title: str, total: float, every_s: float = 10.0) -> Iterator[Progre
     columns = (title_column, BarColumn(), TaskProgressColumn(), text_column, TimeRemainingColumn())
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total, text="")
-        yield lambda done, text="": bar.update(task, completed=done, text=text)
+        yield lambda done, text="", left_s=None: bar.update(task, completed=done, text=text)
 
 
 def _lines(title: str, total: float, every_s: float) -> Progress:
     begin = last = time.monotonic()
 
-    def show(done: float, text: str = "") -> None:
+    def show(done: float, text: str = "", left_s: float | None = None) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last < every_s and done < total:
             return
         last = now
-        left = (now - begin) * (total - done) / done if done else 0.0
+        left = left_s if left_s is not None else (now - begin) * (total - done) / done if done else 0.0
         eta = f"  {clock_text(left)} left" if done < total else f"  in {clock_text(now - begin)}"
         print(f"{title}: {100 * done / total if total else 100:.0f}%  {text}{eta}", file=sys.stderr, flush=True)
 

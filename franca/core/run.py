@@ -68,7 +68,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: is not a JSON record ({error}). Remove or mend that line.") from None
+                raise ConfigError(f"{path}:{number}: is not a JSON record ({error}). Remove or mend that line.") from None
 
 
 def current_metrics(path: Path) -> list[dict[str, Any]]:
@@ -108,7 +108,10 @@ class RunFolder:
         if not wanted:
             yield
             return
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run: {self.root} cannot be made ({error.strerror})") from None
         with open(self.root / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

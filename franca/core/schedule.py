@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Literal
 
 from franca.core.config import Count, config
-from franca.core.duration import Clock, Duration, Unit
+from franca.core.duration import Cadence, Clock, Duration, Unit
 
 Decay = Literal["cosine", "linear", "constant"]
 
@@ -21,7 +21,7 @@ class BatchRamp:
 
     start: Count
     increment: Count
-    over: Duration
+    over: Cadence
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,6 +211,6 @@ def validation_sets(plan: Plan, data: DataConfig) -> dict[str, tuple[Loader, dic
                 continue
             order = Order([Source(name, counts)], data.seq_len, shuffle=False)
             timeline = Timeline((), data.seq_len, order.epoch_samples)
-            label = name if name not in sets else f"{dataset.root.name}/{name}"
+            label = name if name not in sets else f"{dataset.root}/{name}"
             sets[label] = Loader(order, [shards], timeline, order.epoch_samples, data.attention), splits["validation"]
     return sets

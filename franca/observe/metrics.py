@@ -70,7 +70,7 @@ class Metrics(ExitStack):
         text = f"step {record['step']}/{self.total_steps}  {losses}  {record['tokens_per_s']:,.0f} tokens/s"
         self._log(f"{text}  {clock_text(eta_s)} left")
         if self.show is not None:
-            self.show(record["step"], text)
+            self.show(record["step"], text, eta_s)
 
     def say(self, text: str) -> None:
         """A sentence about the run: to the log, and to the console."""

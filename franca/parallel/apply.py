@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from franca.core.config import Precision
@@ -34,6 +34,13 @@ def parallelize(
         register_fsdp_forward_method(model, "losses")
     model.to_empty(device=device)
     init_weights(model, torch.Generator(device).manual_seed(seed))
+
+
+def reshard(model: nn.Module) -> None:
+    """A forward pass without a backward one leaves FSDP's parameters whole: cut them again before anyone reads them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

@@ -90,6 +90,9 @@ def stop() -> None:
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
     given = {name: environment.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if not any(given.values()) and int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:  # one of srun's tasks
+        slurm = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        given = {name: environment.get(theirs) for name, theirs in zip(given, slurm, strict=True)}
     if not any(given.values()):
         return 0, 1, 0
     try:
@@ -97,6 +100,8 @@ def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
     except ValueError:
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(f"the launcher's variables are incomplete: {shown}. Start with: franca launch, or torchrun") from None
+    if size > 1 and not environment.get("MASTER_ADDR"):
+        raise ConfigError(f"{size} ranks need MASTER_ADDR and MASTER_PORT to meet at. Start with: franca launch, or torchrun")
     return rank, size, local_rank
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import franca.models.llama  # noqa: F401 (joins the choice of models)
 from franca.checkpoint.sharded import CheckpointConfig
+from franca.checkpoint.store import find
 from franca.core.config import Count, Precision, config, load, problems_error
 from franca.core.duration import Duration, Length, RepeatableCadence
+from franca.core.errors import ConfigError
 from franca.core.schedule import BatchRamp, Timeline, batch_stages
 from franca.data.loader import DataConfig, Plan, open_plan
 from franca.models.base import ModelConfig
@@ -71,7 +73,9 @@ class Resolved:
 
 def read_config(path: Path, words: list[str]) -> RunConfig:
     """A run file, or the configuration of an existing run folder, with `words` laid over it."""
-    return load(RunConfig, path / "config.yaml" if path.is_dir() else path, words)
+    if path.is_dir():  # it may have been moved since
+        return dataclasses.replace(load(RunConfig, path / "config.yaml", words), run=str(path))
+    return load(RunConfig, path, words)
 
 
 def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
@@ -89,6 +93,11 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
     if model.max_seq_len < settings.data.seq_len:
         problems.append(f"data.seq_len: is {settings.data.seq_len}, longer than model.max_seq_len {model.max_seq_len}")
     problems += [*model.problems(), *mesh.problems(settings.parallel, num_ranks)]
+    if settings.init_from is not None:
+        try:
+            find(Path(settings.init_from).expanduser())
+        except ConfigError as error:
+            problems.append(f"init_from: {error}")
     try:
         stages = batch_stages(settings.train.batch_samples, settings.train.batch_ramp)
     except ValueError as error:

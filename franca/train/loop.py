@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import franca
 from franca.checkpoint import convert, sharded
-from franca.checkpoint.store import Checkpoint, Store, find
+from franca.checkpoint.store import Checkpoint, Store, find_whole
 from franca.core.config import differences, to_dict, to_yaml
 from franca.core.duration import crossed
 from franca.core.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RESUMABLE, ConfigError
@@ -67,11 +67,10 @@ class Noted:
 def main(path: Path, words: list[str]) -> int:
     """`franca train`: run to the end, or until told to stop. Returns the exit code."""
     here = world.start()
-    try:
-        with Faults() as faults:
-            return start(agreed_config(path, words, here), here, faults, path)
-    finally:
-        world.stop()
+    with Faults() as faults:
+        code = start(agreed_config(path, words, here), here, faults, path)
+    world.stop()  # not after an exception: leaving a group is a collective
+    return code
 
 
 def agreed_config(path: Path, words: list[str], here: World) -> RunConfig:
@@ -90,12 +89,19 @@ def agreed_config(path: Path, words: list[str], here: World) -> RunConfig:
 def start(settings: RunConfig, here: World, faults: Faults, path: Path | None = None) -> int:
     """One attempt at a run, from nothing or from its newest good checkpoint. Returns the exit code."""
     resolved = resolve(settings, here.size)
-    folder = RunFolder(settings.run)
+    folder = RunFolder(Path(settings.run).expanduser())
     with folder.lock(here.is_main):
         attempt = open_folder(folder, resolved, here, path)
         with Metrics(settings.metrics, folder, attempt, resolved.total_steps, speaking=here.is_main) as metrics:
-            run = build(resolved, here, faults, folder, attempt, metrics)
-            code = loop(run)
+            try:
+                run = build(resolved, here, faults, folder, attempt, metrics)
+                if here.is_main:  # not before: what a resume refuses must not become the run's configuration
+                    write_atomically(folder.config, to_yaml(resolved.config))
+                code = loop(run)
+            except Exception as error:
+                if here.is_main:
+                    folder.event("exit", attempt, code=1, reason=f"{type(error).__name__}: {error}")
+                raise
             if here.is_main:
                 farewell(run, code)
     return code
@@ -110,7 +116,6 @@ def open_folder(folder: RunFolder, resolved: Resolved, here: World, path: Path |
         folder.write_environment(world.environment(here))
         if path is not None and path.is_file() and not folder.base_config.exists():
             write_atomically(folder.base_config, path.read_bytes())
-        write_atomically(folder.config, to_yaml(resolved.config))
         folder.event("start", attempt, world_size=here.size, code=code, plan=resolved.plan.fingerprint)
         Store(folder.checkpoints).tidy()
     return int(here.from_main(attempt))
@@ -182,7 +187,7 @@ def log(run: Run) -> None:
     """Fetch the numbers of all steps since the last time in one go, and hand them to the sinks; losses in nats per token.
 
     Raises:
-        FloatingPointError: on every rank, when a loss is not a number.
+        FloatingPointError: on every rank, when a loss or a gradient is not a number; before such weights can be saved.
     """
     if not run.noted:
         return
@@ -207,8 +212,9 @@ def log(run: Run) -> None:
             "time": time.time(),
         }
         run.metrics.train(record)
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(f"the loss is {record['loss']} at step {note.step}: lower optim.lr, or look at the data")
+        if not math.isfinite(record["loss"] + norm):
+            what = f"the loss is {record['loss']} and the gradient's norm {norm} at step {note.step}"
+            raise FloatingPointError(f"{what}: lower optim.lr, or look at the data. The last checkpoint is untouched")
     run.metrics.progress(record, step_s * (run.resolved.total_steps - run.step))
 
 
@@ -241,7 +247,7 @@ def save(run: Run) -> None:
     begin = time.monotonic()
     plan, clock = run.resolved.plan, run.resolved.timeline.clock(run.step)
     facts = {
-        "samples": clock.samples,
+        "samples": min(clock.samples, run.resolved.stop_samples),
         "tokens": clock.tokens,
         "attempt": run.attempt,
         "plan": plan.fingerprint,
@@ -270,13 +276,16 @@ def resume(run: Run) -> None:
     for step, damage in damaged.items() if run.world.is_main else ():
         run.folder.event("damaged_checkpoint", run.attempt, step=step, damage=damage)
         run.metrics.say(f"checkpoint {step} is damaged ({'; '.join(damage)}): trying the one before it")
+    if damaged and checkpoint is None:
+        steps = ", ".join(map(str, damaged))
+        raise ConfigError(f"{run.folder.checkpoints}: no checkpoint can be read (steps {steps}). Mend them, or move them away")
     if checkpoint is not None:
         refuse_other_data(run, checkpoint)
         sharded.load(checkpoint, state(run), run.world.size)
         run.step = run.saved_step = checkpoint.step
     elif run.config.init_from is not None:
         weights = {name: tensor for name, tensor in state(run).items() if name.startswith("model.")}
-        sharded.load(find(Path(run.config.init_from)), weights, run.world.size)
+        sharded.load(find_whole(Path(run.config.init_from).expanduser()), weights, run.world.size)
     if run.world.is_main:
         run.metrics.roll_back(run.step)
         if checkpoint is not None:
@@ -301,7 +310,7 @@ def refuse_other_data(run: Run, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: its data plan is another one ({shown}): samples would be repeated or lost. "
             "Restore the data section, or start a new run folder with init_from."
         )
-    samples = run.resolved.timeline.samples_before(checkpoint.step)
+    samples = min(run.resolved.timeline.samples_before(checkpoint.step), run.resolved.stop_samples)
     if meta["samples"] != samples:
         raise ConfigError(
             f"{checkpoint.path}: had seen {meta['samples']} samples at step {checkpoint.step}; with this batch plan it is "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from franca.core.config import NotNegative, Positive, Share, config
+from franca.core.config import BelowOne, NotNegative, Positive, Share, config
 from franca.core.duration import Duration, Length
 from franca.core.schedule import Decay, Timeline, learning_rate
 from franca.models.base import Model
@@ -17,8 +17,8 @@ class OptimConfig:
     """AdamW (Loshchilov and Hutter 2019) with a learning-rate schedule on the clock."""
 
     lr: Positive = 3e-4  # the peak
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.1  # of matrices and embeddings; gains and biases have none
     clip_norm: NotNegative = 1.0  # of the global gradient; 0: no clipping
@@ -71,6 +71,7 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state, `optimizer.<parameter>.<key>`. Rates and the like come from the config, never from a file."""
+    assert all(parameter in optimizer.state for parameter in model.parameters()), "parameters are not sharded as they were"
     return {
         f"optimizer.{name}.{key}": value
         for name, parameter in model.named_parameters()

@@ -10,6 +10,7 @@ from franca.core.config import Count, config
 from franca.core.duration import RepeatableCadence
 from franca.data.loader import Loader
 from franca.models.base import Batch, Model
+from franca.parallel.apply import reshard
 from franca.parallel.world import World
 
 
@@ -36,6 +37,7 @@ def measure(model: nn.Module, loader: Loader, facts: dict[str, Any], micro_sampl
         num_valid += batch.num_valid
     nll, valid = world.sum([total.item(), num_valid])
     model.train()
+    reshard(model)
     loss = nll / max(valid, 1)
     bits = loss / math.log(2) * facts["tokens"]
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits / facts["bytes"]}

@@ -227,7 +227,7 @@ def test_a_plan_opens_every_source_of_every_dataset(write_shards, tmp_path):
     sets = validation_sets(plan, data)
     assert {label: loader.rows(0, 1).tokens_BT[0].tolist() for label, (loader, _) in sets.items()} == {
         "x": [9, 9, 0, 0],
-        "two/x": [3, 0, 0, 0],
+        f"{two}/x": [3, 0, 0, 0],
     }
     assert sets["x"][1]["tokens"] == 2
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ranks import Blow
 
 from franca.checkpoint import sharded
 from franca.checkpoint.store import Store
@@ -80,6 +81,37 @@ def test_launch_passes_signals_on_and_keeps_exit_codes(run_file, tmp_path: Path)
 
 def test_incomplete_launcher_variables_are_named() -> None:
     assert _place({}) == (0, 1, 0)
-    assert _place({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (3, 8, 1)
+    assert _place({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1"}) == (3, 8, 1)
     with pytest.raises(ConfigError, match="LOCAL_RANK=None"):
         _place({"RANK": "3", "WORLD_SIZE": "8"})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_save_right_after_a_validation_is_whole(launch, run_file, records, precision: str) -> None:
+    """Validation gathers parameters without a backward pass that would cut them again."""
+    sections = {
+        "train": {"length": "8 steps", "precision": precision},
+        "optim": {"warmup": "1 steps"},
+        "validation": {"every": "2 steps", "at_end": True},
+        "checkpoint": {"every": "2 steps", "keep": None},
+        "parallel": {"reshard_after_forward": False},
+    }
+    whole = launch(run_file("whole", **sections), ranks=2)
+    assert whole.wait() == [0, 0]
+    path = run_file("stopped", **sections)
+    stopped = launch(path, ranks=2, blow=Blow(signal.SIGTERM, 3, 0.0, (0,)))
+    assert stopped.wait() == [75, 75]
+    assert launch(path, ranks=2).wait() == [0, 0]
+    assert records(stopped.folder) == records(whole.folder)
+    assert records(stopped.folder, "metrics.validation.jsonl") == records(whole.folder, "metrics.validation.jsonl")
+    for checkpoint in Store(whole.folder / "checkpoints").committed():
+        stored = sharded.Reader(checkpoint.path).read_metadata().state_dict_metadata
+        assert len(stored) == 4 * sum(name.startswith("model.") for name in stored), "three states for every parameter"
+
+
+def test_tasks_of_srun_find_their_place() -> None:
+    step = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+    assert _place({**step, "MASTER_ADDR": "n1"}) == (3, 4, 1)
+    assert _place({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == (0, 1, 0), "a batch script is no task"
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        _place(step)

@@ -257,3 +257,42 @@ def test_state_names_every_parameter_and_moment(run_file) -> None:
     state = optim.state_tensors(model, optim.build(model, optim.OptimConfig()))
     assert set(state) == {f"optimizer.{name}.{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
     assert Batch._fields == ("tokens_BT", "targets_BT", "document_BT", "position_BT")
+
+
+def test_a_run_with_nothing_but_damaged_checkpoints_does_not_begin_again(run_file) -> None:
+    path = run_file(train={"length": "10 steps"})
+    assert train(path) == 0
+    folder = RunFolder(read_config(path, []).run)
+    for checkpoint in Store(folder.checkpoints).committed():
+        (checkpoint.path / "params.json").unlink()
+    with pytest.raises(ConfigError, match="no checkpoint can be read"):
+        train(path)
+    assert [checkpoint.step for checkpoint in Store(folder.checkpoints).committed()] == [10]
+
+
+def test_a_finished_epoch_cannot_be_stretched_into_a_loss_of_samples(run_file, dataset: Path) -> None:
+    path = run_file(train={"length": "1 epochs", "batch_samples": 512}, optim={"warmup": "1 steps"}, data={"seq_len": 64})
+    assert train(path) == 0
+    with pytest.raises(ConfigError, match="had seen"):
+        train(path, "train.length=1.5 epochs", f"data.sources=[{{path: {dataset}, max_epochs: 2}}]")
+
+
+def test_a_folder_that_was_moved_goes_on_where_it_is(run_file, tmp_path: Path) -> None:
+    path = run_file(train={"length": "6 steps"})
+    assert train(path) == 0
+    moved = tmp_path / "elsewhere"
+    Path(read_config(path, []).run).rename(moved)
+    assert train(moved, "train.length=8 steps") == 0
+    assert Store(moved / "checkpoints").committed()[-1].step == 8
+    assert not Path(read_config(path, []).run).exists()
+
+
+def test_a_refused_configuration_does_not_become_the_runs_own(run_file) -> None:
+    path = run_file(train={"length": "6 steps"})
+    assert train(path) == 0
+    folder = RunFolder(read_config(path, []).run)
+    before = folder.config.read_text()
+    with pytest.raises(ConfigError, match="data plan"):
+        train(path, "data.seed=5")
+    assert folder.config.read_text() == before
+    assert list(read_records(folder.events))[-1]["reason"].startswith("ConfigError")
