@@ -1,5 +1,6 @@
 """Sharded runs: the same weights, losses and gradients as one process."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -61,17 +62,20 @@ def test_losses_and_gradients_equal_one_process(launch, run_file, records, preci
         assert [r["loss"] for r in theirs] == pytest.approx([r["loss"] for r in held_out], rel=10 * rel)
 
 
-def test_launch_passes_signals_on_and_keeps_exit_codes(run_file, tmp_path: Path) -> None:
-    """The whole way: the command line starts two ranks, gets a SIGTERM, and says 75; run again, it says 0."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_launch_passes_signals_on_and_keeps_exit_codes(run_file, tmp_path: Path, number: int) -> None:
+    """The whole way: the command line starts two ranks, its process group gets a signal (as a terminal's Ctrl-C does), and it
+    says 75; run again, it says 0.
+    """
     path = run_file(train={"length": "900 steps"})
     folder = Path(yaml.safe_load(path.read_text())["run"])
     command = [sys.executable, "-m", "franca", "launch", str(path), "--ranks", "2"]
     with open(tmp_path / "out", "w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out)
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
         deadline = time.monotonic() + 60
         while not (folder / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, number)
         assert process.wait(timeout=60) == 75, (tmp_path / "out").read_text()
         step = Store(folder / "checkpoints").committed()[-1].step
         again = subprocess.run([*command, f"train.length={step + 13} steps"], stdout=out, stderr=out, timeout=90)
