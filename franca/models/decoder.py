@@ -56,19 +56,16 @@ class Decoder(nn.Module):
         self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         x_BTD = self.embedding(tokens_BT).to(self.compute_dtype)
-        if cache is None:
-            mask = document_mask(document_BT) if document_BT is not None else None
-        elif document_BT is None and position_BT is None:
-            position_BT, mask = cache.place(tokens_BT.shape[1])
-        else:
-            raise ValueError(
-                "document_BT and position_BT were given with a cache, which counts positions itself: leave them out"
-            )
-        cos, sin = self.rope(tokens_BT.shape[1], position_BT, self.compute_dtype)
+        positions = slice(0, tokens_BT.shape[1]) if position_BT is None else position_BT
+        mask = document_mask(document_BT) if document_BT is not None else None
+        if cache is not None:
+            if document_BT is not None or position_BT is not None:
+                given = "document_BT and position_BT were given with a cache"
+                raise ValueError(f"{given}, which counts positions itself: leave them out")
+            positions, mask = cache.place(tokens_BT.shape[1])
+        cos, sin = self.rope(positions, self.compute_dtype)
         for layer in self.layers:
             x_BTD = layer(x_BTD, cos, sin, mask, cache)
-        if cache is not None:
-            cache.advance(tokens_BT.shape[1])
         return self.norm(x_BTD)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:

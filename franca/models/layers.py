@@ -56,24 +56,22 @@ def _cpu_has_bf16() -> bool:
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in the dtype of x, (..., in) x (out, in) -> (..., out)."""
+    if x.dtype == weight.dtype == torch.float32:  # in decoding, even casts that do nothing add up
+        return _product(x, weight)
     fast = product_dtype(x)
-    wide, matrix = cast_to(x, fast), cast_to(cast_to(weight, x.dtype), fast)
-    few = not torch.is_grad_enabled() and x.device.type == "cpu" and x.shape[:-1].numel() <= _FEW_ROWS
-    return cast_to(_multiply_few(wide, matrix) if few else F.linear(wide, matrix), x.dtype)
+    return _product(x.to(fast), weight.to(x.dtype).to(fast)).to(x.dtype)
 
 
-def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, which takes a microsecond also where there is nothing to do: in decoding, these add up."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def _multiply_few(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T for the few rows of decoding on a CPU, by parts of W on all threads; F.linear would leave it to one thread."""
-    features, width = weight.shape
-    parts = math.gcd(features, 4 * torch.get_num_threads())
-    x_1NW = x.reshape(1, -1, width)
-    y_PNF = torch.bmm(x_1NW.expand(parts, -1, -1), weight.view(parts, -1, width).transpose(1, 2))
-    return y_PNF.transpose(0, 1).reshape(*x.shape[:-1], features)
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T; for the few rows of decoding on a CPU as W x, which runs on all threads where F.linear would take one."""
+    width = x.shape[-1]
+    if torch.is_grad_enabled() or not x.is_cpu or x.numel() > _FEW_ROWS * width:
+        return F.linear(x, weight)
+    x_WN = x.reshape(-1, width).t()
+    if x_WN.shape[1] > 1:
+        return torch.mm(weight, x_WN).t().contiguous().view(*x.shape[:-1], -1)
+    parts = math.gcd(len(weight), torch.get_num_threads())  # of a product with one vector, each thread takes a part
+    return torch.bmm(weight.view(parts, -1, width), x_WN.expand(parts, -1, -1)).reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Module):
@@ -103,7 +101,9 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, cast_to(self.weight, x.dtype), self.eps)
+        if x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():  # in decoding, half of PyTorch's time
+            return x * x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_() * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 @config
@@ -136,11 +136,10 @@ class Rope(nn.Module):
         self.cos.copy_(torch.cat([angles.cos(), angles.cos()], dim=-1))
         self.sin.copy_(torch.cat([-angles.sin(), angles.sin()], dim=-1))
 
-    def forward(self, length: int, position_BT: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Both tables for positions 0..length-1 or for `position_BT`: (T, E) or (B, 1, T, E)."""
-        if position_BT is None:
-            return self.cos[:length].to(dtype), self.sin[:length].to(dtype)
-        return self.cos[position_BT].unsqueeze(1).to(dtype), self.sin[position_BT].unsqueeze(1).to(dtype)
+    def forward(self, positions: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both tables for a range of positions, (T, E), or for a tensor (B, T) of them, (B, 1, T, E)."""
+        cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
+        return (cos, sin) if isinstance(positions, slice) else (cos.unsqueeze(1), sin.unsqueeze(1))
 
 
 def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -161,7 +160,7 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | Non
     `mask`: bool, (B or 1, 1, T, S), True where a position may see another; None: with `causal` all before it, else all.
     """
     fast = product_dtype(q_BHTE)
-    q, k, v = (cast_to(x, fast) for x in (q_BHTE, k_BKSE, v_BKSE))
+    q, k, v = q_BHTE.to(fast), k_BKSE.to(fast), v_BKSE.to(fast)
     causal = causal or (mask is not None and q.shape[2] == k.shape[2])
     if causal and q.device.type == "cpu" and q.requires_grad and q.shape[2] <= _BlockedAttention.longest:
         out = _blocked_attention(q, k, v, mask)
@@ -169,7 +168,7 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | Non
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return cast_to(out, q_BHTE.dtype)
+    return out.to(q_BHTE.dtype)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, its loop would be unrolled: slow to compile, no faster
@@ -242,33 +241,30 @@ class KVCache:
         self.length = 0
         self.pads_B: Tensor | None = None
 
-    def place(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """For the next `count` positions: their numbers (B or 1, T), and what each may see (B or 1, 1, T, S), None: all before.
+    def place(self, count: int) -> tuple[slice | Tensor, Tensor | None]:
+        """Make room for `count` positions: their numbers, (B, T) where rows differ, and what each may see (B or 1, 1, T, S).
 
-        A pad may see itself, so that its softmax has a term; nobody else sees it.
+        No mask: each may see all before it. A pad may see itself, so that its softmax has a term; nobody else sees it.
         """
-        seen_S = torch.arange(self.length + count, device=self.keys[0].device)
-        slots_T = seen_S[self.length :]
-        if self.pads_B is None and (self.length == 0 or count == 1):
-            return slots_T[None], None
-        causal_TS = seen_S <= slots_T[:, None]
+        begin, self.length = self.length, self.length + count
+        slots = slice(begin, self.length)
+        if self.pads_B is None and (begin == 0 or count == 1):
+            return slots, None
+        seen_S = torch.arange(self.length, device=self.keys[0].device)
+        causal_TS = seen_S <= seen_S[slots, None]
         if self.pads_B is None:
-            return slots_T[None], causal_TS[None, None]
+            return slots, causal_TS[None, None]
         real_BS = seen_S >= self.pads_B[:, None]
-        mask_BTS = causal_TS & (real_BS[:, None] | (seen_S == slots_T[:, None]))
-        return (slots_T - self.pads_B[:, None]).clamp(min=0), mask_BTS[:, None]
+        mask_BTS = causal_TS & (real_BS[:, None] | (seen_S == seen_S[slots, None]))
+        return (seen_S[slots] - self.pads_B[:, None]).clamp(min=0), mask_BTS[:, None]
 
     def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of a layer; returns all keys and values so far, (B, K, S, E). `advance` follows."""
-        begin, count = self.length, k_BKTE.shape[2]
-        stored = []
+        """Store a layer's keys and values of the positions placed last; returns all so far, (B, K, S, E)."""
+        count, stored = k_BKTE.shape[2], []
         for cache_BKSE, new_BKTE in ((self.keys[layer], k_BKTE), (self.values[layer], v_BKTE)):
-            cache_BKSE.narrow(2, begin, count).copy_(new_BKTE)
-            stored.append(cache_BKSE.narrow(2, 0, begin + count))
+            cache_BKSE.narrow(2, self.length - count, count).copy_(new_BKTE)
+            stored.append(cache_BKSE.narrow(2, 0, self.length))
         return stored[0], stored[1]
-
-    def advance(self, count: int) -> None:
-        self.length += count
 
 
 def cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> Tensor:

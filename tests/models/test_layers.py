@@ -137,8 +137,8 @@ def test_rope_turns_every_pair_by_its_position(scaling: RopeScaling | None, posi
     rope.reset()
     frequencies = reference_frequencies(8, 500.0, scaling)
     x_BHTE = normal(2, 3, 6, 8)
-    given_positions = torch.tensor(positions) if positions else None
-    out = rotate(x_BHTE, *rope(6, given_positions, torch.float32))
+    given_positions = torch.tensor(positions) if positions else slice(0, 6)
+    out = rotate(x_BHTE, *rope(given_positions, torch.float32))
     for row in range(2):
         for head in range(3):
             for place in range(6):
@@ -160,8 +160,8 @@ def test_rope_products_depend_on_the_distance_alone() -> None:
     q, k = normal(1, 1, 1, 16, seed=1), normal(1, 1, 1, 16, seed=2)
 
     def product(at: int, other: int) -> float:
-        turned_q = rotate(q, *rope(1, torch.tensor([[at]]), torch.float32))
-        return float((turned_q * rotate(k, *rope(1, torch.tensor([[other]]), torch.float32))).sum())
+        turned_q = rotate(q, *rope(torch.tensor([[at]]), torch.float32))
+        return float((turned_q * rotate(k, *rope(torch.tensor([[other]]), torch.float32))).sum())
 
     assert product(40, 33) == pytest.approx(product(7, 0), abs=1e-4)
     assert abs(product(40, 33) - product(40, 34)) > 1e-3
