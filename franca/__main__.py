@@ -3,7 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ RunFile = Annotated[Path, typer.Argument(metavar="RUN.YAML", help="A run file, o
 Words = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings laid over the file.")]
 Ranks = Annotated[int, typer.Option(help="How many devices, and so processes, it runs on.")]
 Output = Annotated[Path, typer.Argument(help="The folder to make.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the numbers.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -75,20 +76,17 @@ def sample(
     source: Annotated[Path, typer.Argument(help="A run, a checkpoint or a Hugging Face folder.")],
     words: Words = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be repeated.")] = None,
+    precision: Precision = "fp32",
 ) -> None:
     """Let a model continue a text (from -p, or from standard input)."""
-    _call("franca.infer.sample:main", source, prompt or [], words or [])
+    _call("franca.infer.sample:main", source, prompt or [], words or [], precision)
 
 
 @app.command(epilog="Example: franca export runs/mine my-model --precision bf16")
 def export(
-    source: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
-    output: Output,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    source: Annotated[Path, typer.Argument(help="A run or a checkpoint.")], output: Output, precision: Precision = "fp32"
 ) -> None:
     """Write a Hugging Face folder that transformers loads as it is."""
-    if precision not in ("fp32", "bf16"):
-        raise ConfigError(f"--precision: {precision!r} is not one of fp32, bf16")
     _call("franca.checkpoint.convert:export", source, output, precision)
     print(output)
 

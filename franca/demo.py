@@ -52,7 +52,8 @@ def main(folder: Path, steps: int) -> int:
     settings = ("max_new_tokens=48", "temperature=0.7", "top_p=0.95")
     script.run("Let it speak", "sample", str(folder / "run"), *prompts, *settings)
     script.run("A Hugging Face folder for everyone else", "export", str(folder / "run"), str(folder / "hf"))
-    script.epilogue(time.monotonic() - begin)
+    print(f"\n=== Done in {clock_text(time.monotonic() - begin)}. Everything lies in {folder}:\n{PLACES}")
+    print("\n  ".join(["\nThe commands were:", *script.shown]))
     return 0
 
 
@@ -114,16 +115,11 @@ class Script:
         if process.wait() != EXIT_RESUMABLE:
             raise SystemExit(f"the run did not stop in good order: exit code {process.returncode}, expected {EXIT_RESUMABLE}")
 
-    def epilogue(self, seconds: float) -> None:
-        print(f"\n=== Done in {clock_text(seconds)}. Everything lies in {self.folder}:")
-        print(PLACES)
-        print("\n  ".join(["\nThe commands were:", *self.shown]))
-
 
 def compare_compression(folder: Path) -> None:
     """Print the model's bits per byte on the held-out text beside those of gzip and xz on the same bytes."""
     files = list_files("stdlib", corpus())
-    texts = [document.text for file in files for document in read_documents(file, corpus(), on_bad=lambda reason: None)]
+    texts = [text for file in files for text in read_documents(file, corpus(), on_bad=lambda reason: None)]
     held_out = "".join(text for text in texts if is_held_out(text, VALIDATION_SHARE)).encode()
     manifest = json.loads((folder / "data" / "manifest.json").read_text())
     if len(held_out) != manifest["sources"]["stdlib"]["validation"]["bytes"]:

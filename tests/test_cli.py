@@ -91,7 +91,7 @@ def test_wrong_kind_and_wrong_word(franca, run_file) -> None:
         (["model.num_heads=5"], ["model", "5 heads"]),
         (["model.vocab_size=100"], ["model.vocab_size", "512"]),
         (["optim.warmup=50 steps"], ["optim.warmup", "shorten"]),
-        (["data.sources=[]"], ["data.sources", "is empty"]),
+        (["data.sources=[]"], ["data.sources: the sources [] hold no tokens"]),
         (["parallel.dp_shard=3"], ["parallel.dp_shard", "1 ranks"]),
     ],
 )
@@ -107,6 +107,13 @@ def test_batch_that_does_not_divide_by_the_ranks(franca, run_file) -> None:
     code, _, err = franca("launch", run_file(), "--ranks", "3")
     assert code == 78
     assert err.count("error:") == 1, "reported once, not by every rank"
+
+
+@pytest.mark.parametrize("words", [["sample", "run"], ["export", "run", "hf"]])
+def test_an_unknown_precision_is_wrong_usage(franca, words: list[str]) -> None:
+    code, out, err = franca(*words, "--precision", "fp16")
+    assert (code, out) == (2, "")
+    assert all(part in err for part in ("--precision", "'fp16'", "fp32", "bf16"))
 
 
 def test_missing_files(franca, run_file, tmp_path: Path) -> None:

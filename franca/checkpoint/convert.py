@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from franca.checkpoint import sharded
-from franca.checkpoint.store import Store, find, find_whole, read_json
+from franca.checkpoint.store import Store, find, read_json
 from franca.core.config import Precision, check, config, to_dict
 from franca.core.errors import ConfigError
 from franca.core.run import sync_folder, write_atomically
@@ -41,10 +41,14 @@ def ids_of(special: Special, name: str) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def write_params(folder: Path, params: Params, tokenizer: Path) -> None:
-    """A checkpoint is complete in itself: the model's shape and the tokenizer lie beside the weights."""
-    write_atomically(folder / "params.json", json.dumps(to_dict(params), indent=2))
-    write_atomically(folder / "tokenizer.json", tokenizer.read_bytes())
+def params_writer(model: ModelConfig, special: Special, tokenizer: Path) -> Callable[[Path], None]:
+    """What makes a checkpoint complete in itself: it writes the model's shape and the tokenizer beside the weights."""
+
+    def write(folder: Path) -> None:
+        write_atomically(folder / "params.json", json.dumps(to_dict(Params(model=model, tokenizer=special)), indent=2))
+        write_atomically(folder / "tokenizer.json", tokenizer.read_bytes())
+
+    return write
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -56,9 +60,7 @@ def open_model(path: Path, device: torch.device, precision: Precision) -> tuple[
     """A run, a checkpoint or a Hugging Face folder as (model in evaluation mode, tokenizer, its bos and eos ids).
 
     The parameters are held in the precision of the products: half the memory in bf16.
-
-    Raises:
-        ConfigError: when there is no model, or it is damaged.
+    Raises ConfigError when there is no model, or it is damaged.
     """
     if is_hf_folder(path):
         values = read_json(path / "config.json")
@@ -66,7 +68,7 @@ def open_model(path: Path, device: torch.device, precision: Precision) -> tuple[
         hf.load_into(dict(model.named_parameters()), model.config, path)
         special: Special = {name: values.get(f"{name}_token_id") for name in ("bos", "eos")}
     else:
-        checkpoint = find_whole(path)
+        checkpoint = find(path, whole=True)
         path, params = checkpoint.path, check(Params, checkpoint.params, f"{checkpoint.path}/params.json")
         model, special = _empty(params.model), params.tokenizer
         sharded.load(checkpoint, _named(model), num_ranks=1)
@@ -138,9 +140,6 @@ def import_folder(source: Path, output: Path) -> None:
         raise ConfigError(f"{source}: is not a Hugging Face folder (it has no config.json)")
     with _new_folder(output) as folder:
         model, _, special = open_model(source, ONE.device, "fp32")
-
-        def beside(checkpoint: Path) -> None:
-            write_params(checkpoint, Params(model=model.config, tokenizer=special), source / "tokenizer.json")
-
         facts = {"samples": 0, "tokens": 0, "plan": None, "weights_only": True, "imported_from": source.name}
+        beside = params_writer(model.config, special, source / "tokenizer.json")
         sharded.save(Store(folder / "checkpoints"), 0, _named(model), facts, beside, ONE)

@@ -91,8 +91,7 @@ def save(
 
     `facts` go into `meta.json`; `beside(folder)` adds files (the model's `params.json`, the tokenizer), on rank 0.
 
-    Raises:
-        OSError: on every rank alike, when any rank could not write; the checkpoints before it are untouched.
+    Raises OSError on every rank alike, when any rank could not write; the checkpoints before it are untouched.
     """
     begin = time.time()
     _together(world, lambda: store.begin(step) if world.is_main else None)
@@ -161,11 +160,7 @@ def newest_good(store: Store, world: World) -> tuple[Checkpoint | None, dict[int
 
 
 def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], num_ranks: int) -> None:
-    """Fill `tensors`, whole or sharded in any way, in place from a checkpoint of the same names and shapes.
-
-    Raises:
-        ConfigError: that lists what is missing or of another shape, or says what cannot be read.
-    """
+    """Fill `tensors`, whole or sharded in any way, in place. Raises ConfigError when names or shapes differ, or for damage."""
     reader = Reader(checkpoint.path)
     index = reader.read_metadata().state_dict_metadata
     stored = {name: tuple(entry.size) for name, entry in index.items() if isinstance(entry, TensorStorageMetadata)}

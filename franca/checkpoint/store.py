@@ -149,32 +149,22 @@ class Store:
             path.touch()
 
 
-def find(path: Path) -> Checkpoint:
-    """The checkpoint that a user means: a checkpoint folder, or the newest of a run folder.
+def find(path: Path, whole: bool = False) -> Checkpoint:
+    """The checkpoint that a user means by its folder, or by its run's: then the newest; `whole`: with every byte looked at.
 
-    Raises:
-        ConfigError: that says what there is instead.
+    Raises ConfigError that says what there is instead.
     """
-    store = Store(path / "checkpoints")
     if (path / "meta.json").is_file() and (path / "params.json").is_file():
-        return Checkpoint(path)
-    if committed := store.committed():
-        return committed[-1]
-    if store.root.is_dir():
+        checkpoint = Checkpoint(path)
+    elif committed := Store(path / "checkpoints").committed():
+        checkpoint = committed[-1]
+    elif (path / "checkpoints").is_dir():
         raise ConfigError(f"{path}: has no committed checkpoint yet")
-    if path.name.startswith(".") or path.name.isdecimal():
+    elif path.name.startswith(".") or path.name.isdecimal():
         raise ConfigError(f"{path}: is no committed checkpoint (it has no meta.json). Choose another of {path.parent}")
-    raise ConfigError(f"{path}: is neither a run nor a checkpoint folder")
-
-
-def find_whole(path: Path) -> Checkpoint:
-    """`find`, and a look at every byte of it.
-
-    Raises:
-        ConfigError: also for a damaged checkpoint; it names another one of the run if there is one.
-    """
-    checkpoint = find(path)
-    if damage := checkpoint.damage():
+    else:
+        raise ConfigError(f"{path}: is neither a run nor a checkpoint folder")
+    if whole and (damage := checkpoint.damage()):
         others = [other.path for other in Store(checkpoint.path.parent).committed() if other.path.name != checkpoint.path.name]
         advice = f"Use {others[-1]}." if others else "There is no other one beside it."
         raise ConfigError(f"{checkpoint.path}: is damaged: {'; '.join(damage)}. {advice}")

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from franca.core.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RESUMABLE, ConfigError
 
@@ -27,18 +26,11 @@ def main(path: Path, words: list[str], num_ranks: int) -> int:
     command = [sys.executable, "-m", "franca", "train", str(path), *words]
     port = str(_free_port())
     ranks: list[subprocess.Popen[bytes]] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        _signal(ranks, number)
-
-    before = {number: signal.signal(number, pass_on) for number in FORWARDED}
-    try:
-        for rank in range(num_ranks):  # each in a group of its own: a terminal's Ctrl-C comes to them from here, once
-            ranks.append(subprocess.Popen(command, env=_environment(rank, num_ranks, port), process_group=0))
-        return _wait(ranks)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in FORWARDED:
+        signal.signal(number, lambda number, frame: _signal(ranks, number))
+    for rank in range(num_ranks):  # each in a group of its own: a terminal's Ctrl-C comes to them from here, once
+        ranks.append(subprocess.Popen(command, env=_environment(rank, num_ranks, port), process_group=0))
+    return _wait(ranks)
 
 
 def _environment(rank: int, num_ranks: int, port: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from franca.core.errors import ConfigError
 from franca.models.base import count_parameters
@@ -56,7 +57,7 @@ def render(result: dict[str, Any], name: str, num_ranks: int) -> str:
     if result["problems"]:
         return "\n".join([f"{name}: this run cannot finish:", *(f"  - {problem}" for problem in result["problems"])])
     params, checkpoint = result["params"], result["checkpoint"]
-    memory = f"{_size(result['memory']['static_bytes_per_device'])} on each of {num_ranks} device(s), without activations"
+    memory = f"{decimal(result['memory']['static_bytes_per_device'])} on each of {num_ranks} device(s), without activations"
     parts = ", ".join(f"{part} {count:,}" for part, count in params.items() if part not in ("total", "non_embedding"))
     rows = [
         ("parameters", f"{params['total']:,} ({params['non_embedding']:,} without embedding and head)"),
@@ -66,16 +67,8 @@ def render(result: dict[str, Any], name: str, num_ranks: int) -> str:
         ("tokens", f"{result['tokens']:,} ({result['epochs']:.3g} epochs)"),
         ("FLOPs per token", f"{result['flops']['per_token']:.4g}"),
         ("FLOPs", f"{result['flops']['total']:.4g}"),
-        ("checkpoint", f"{_size(checkpoint['full_bytes'])}, weights alone {_size(checkpoint['weights_bytes'])}"),
+        ("checkpoint", f"{decimal(checkpoint['full_bytes'])}, weights alone {decimal(checkpoint['weights_bytes'])}"),
         ("static memory", memory),
         ("problems", "none found"),
     ]
     return "\n".join([f"{name}:", *(f"  {label:16} {value}" for label, value in rows)])
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"

@@ -18,11 +18,7 @@ def main(path: Path, as_json: bool) -> None:
 
 
 def status(path: Path) -> dict[str, Any]:
-    """Step, loss, checkpoints and attempts of a run.
-
-    Raises:
-        ConfigError: when `path` is no run folder.
-    """
+    """Step, loss, checkpoints and attempts of a run. Raises ConfigError when `path` is no run folder."""
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise ConfigError(f"{path}: is no run folder (it has no config.yaml). Start a run with: franca train run.yaml")

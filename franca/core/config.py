@@ -119,11 +119,7 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
 
 
 def load(cls: type[T], path: Path, words: Sequence[str] = ()) -> T:
-    """The file at `path`, changed by `words`, as a checked `cls`.
-
-    Raises:
-        ConfigError: with every problem at once, each with its dotted path, what was given and what is allowed.
-    """
+    """The file at `path`, changed by `words`, as a checked `cls`; one ConfigError lists every problem by its dotted path."""
     return check(cls, merge(read_yaml(path), parse_words(words)), str(path))
 
 

@@ -5,13 +5,10 @@ What it refuses to know: what the work is; it is told in words.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
-
-class Progress(Protocol):
-    def __call__(self, done: float, text: str = "", left_s: float | None = None) -> None: ...
+Progress = Callable[..., None]  # (done, text="", left_s=None): how far the work is, and how long it will still take
 
 
 def clock_text(seconds: float) -> str:

@@ -99,15 +99,8 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
 
     @contextmanager
-    def lock(self, wanted: bool) -> Iterator[None]:
-        """Make the folder and keep a second attempt out of it for as long as this one lives; only where `wanted`.
-
-        Raises:
-            ConfigError: when another attempt is at work.
-        """
-        if not wanted:
-            yield
-            return
+    def lock(self) -> Iterator[None]:
+        """Make the folder, and keep others out of it for as long as this attempt lives: for them it is a ConfigError."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -38,9 +38,7 @@ def batch_stages(batch_samples: int, ramp: BatchRamp | None) -> tuple[Stage, ...
 
     Source: Megatron-LM `RampupBatchsizeNumMicroBatchesCalculator`: with n = (batch - start) / increment and
     per = samples / n, batch(c) = start + int(c / per) * increment while c <= samples.
-
-    Raises:
-        ValueError: when the increments do not lead from start to the full batch, or `over` is not in samples.
+    Raises ValueError when the increments do not lead from start to the full batch, or `over` is not in samples.
     """
     if ramp is None:
         return (Stage(0, 0, batch_samples),)

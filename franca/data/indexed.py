@@ -38,11 +38,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class Shard:
-    """One `.bin/.idx` pair, opened by its path without suffix.
-
-    Raises:
-        ConfigError: when a file is missing, is no index of this format, or is shorter than the index says.
-    """
+    """One `.bin/.idx` pair, opened by its path without suffix. Raises ConfigError when it is missing, foreign or truncated."""
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
@@ -92,9 +88,7 @@ class Shard:
         """All tokens, memory-mapped: (num_tokens,)."""
         if self.num_tokens == 0:
             return np.empty(0, self.dtype)
-        return np.memmap(self.bin_path, self.dtype, "r").view(
-            np.ndarray
-        )  # the same pages: slicing a memmap object takes ten times as long
+        return np.memmap(self.bin_path, self.dtype, "r").view(np.ndarray)  # which is sliced ten times as fast as a memmap
 
     @cached_property
     def document_offsets(self) -> memoryview:
@@ -120,13 +114,12 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes one `.bin/.idx` pair. Nothing is visible under its name before `commit`; the index comes last."""
+    """Writes one `.bin/.idx` pair. It is no shard before `commit`, which writes the index, at once and last."""
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
         self.prefix, self.dtype = prefix, dtype
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.partial = Path(f"{prefix}.bin.partial")
-        self.file = open(self.partial, "wb")  # noqa: SIM115 (closed by commit or abandon)
+        self.file = open(f"{prefix}.bin", "wb")  # noqa: SIM115 (closed by commit)
         self.lengths: list[NDArray[np.int32]] = []
         self.num_tokens = 0
         self.hash = hashlib.sha256()
@@ -143,10 +136,7 @@ class ShardWriter:
         self.num_tokens += len(tokens)
 
     def commit(self) -> str:
-        """Make the pair visible; returns the SHA-256 of its tokens' bytes and then its documents' lengths (int32).
-
-        Raises OSError (disk full, for instance) with nothing visible.
-        """
+        """Make the pair a shard; returns the SHA-256 of its tokens' bytes and then its documents' lengths (int32)."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -155,22 +145,13 @@ class ShardWriter:
         bytes_before = (np.cumsum(lengths, dtype=np.int64) - lengths) * self.dtype.itemsize
         bounds = np.arange(len(lengths) + 1, dtype=np.int64)
         header = HEADER.pack(MAGIC, 1, _CODES[self.dtype], len(lengths), len(bounds))
-        self.partial.replace(f"{self.prefix}.bin")
         write_atomically(Path(f"{self.prefix}.idx"), header + lengths.tobytes() + bytes_before.tobytes() + bounds.tobytes())
         return self.hash.hexdigest()
-
-    def abandon(self) -> None:
-        self.file.close()
-        self.partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared folder: what its manifest says, and its shards.
-
-    Raises:
-        ConfigError: when the folder is no finished dataset.
-    """
+    """A prepared folder: what its manifest says, and its shards. Raises ConfigError when the folder is no finished dataset."""
 
     root: Path
 
@@ -185,10 +166,6 @@ class Dataset:
             raise ConfigError(f"{self.root}: has no manifest.json: it is no finished dataset. Run: franca prepare") from None
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}: is not valid JSON ({error}). Prepare the dataset again.") from None
-
-    @property
-    def tokenizer_path(self) -> Path:
-        return self.root / "tokenizer.json"
 
     @property
     def train_hash(self) -> str:

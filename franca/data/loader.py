@@ -149,36 +149,13 @@ class Plan:
     shards: tuple[tuple[Shard, ...], ...]
 
     @property
-    def vocab_size(self) -> int:
-        return int(self.datasets[0].manifest["tokenizer"]["vocab_size"])
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        return str(self.datasets[0].manifest["tokenizer"]["sha256"])
-
-    @property
-    def tokenizer_path(self) -> Path:
-        return self.datasets[0].tokenizer_path
-
-    @property
-    def special_tokens(self) -> dict[str, int | None]:
-        """The `bos` and `eos` ids that the data was made with; None where it has none."""
-        entry = self.datasets[0].manifest["tokenizer"]
-        return {"bos": entry["bos"], "eos": entry["eos"]}
-
-    @property
-    def fingerprint(self) -> str:
-        return self.order.fingerprint
+    def tokenizer(self) -> dict[str, Any]:
+        """What the manifests say of the tokenizer: sha256, vocab_size, `bos` and `eos` (ids, or None if the data has none)."""
+        return dict(self.datasets[0].manifest["tokenizer"])
 
 
 def open_plan(data: DataConfig) -> Plan:
-    """Open the datasets of a config. Reads manifests and a few bytes of every index, no tokens.
-
-    Raises:
-        ConfigError: when a dataset is not whole, or the datasets do not go together.
-    """
-    if not data.sources:
-        raise ConfigError("data.sources: is empty; name at least one prepared dataset folder: sources: [{path: ...}]")
+    """Open the datasets of a config; reads no tokens. Raises ConfigError when one is not whole, or they do not go together."""
     sources: list[Source] = []
     shards: list[tuple[Shard, ...]] = []
     datasets = tuple(Dataset(Path(entry.path).expanduser()) for entry in data.sources)

@@ -123,8 +123,6 @@ class Order:
             self._limits = [(" + ".join(labels), min(source.max_epochs for source in sources))]
         else:
             shares = np.array(weights, np.float64)
-            if not (np.isfinite(shares).all() and (shares > 0).all()):
-                raise ValueError(f"weights must be above zero, got {weights}")
             if not rows.all():
                 raise ValueError(f"source {labels[int(np.argmin(rows))]!r} holds no tokens")
             shares /= shares.sum()

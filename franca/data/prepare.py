@@ -45,7 +45,7 @@ class PrepareConfig:
     """`franca prepare`: named corpora into one dataset folder."""
 
     output: str
-    sources: dict[str, CorpusConfig]
+    sources: Annotated[dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], CorpusConfig], Field(min_length=1)]  # by folder name
     tokenizer: TokenizerConfig = TokenizerConfig()
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.01  # of the documents, held out by the hash of their text
     add_bos: bool = False
@@ -60,12 +60,7 @@ def main(path: Path, words: list[str]) -> None:
 
 
 def prepare(settings: PrepareConfig) -> Path:
-    """Make the dataset folder of `settings`, or find it made already; returns its path.
-
-    Raises:
-        ConfigError: for bad settings, unreadable or bad documents (`on_bad_document: error`), or an output of other settings.
-    """
-    _check(settings)
+    """Make the dataset folder of `settings`, or find it made; returns its path. Raises ConfigError for what cannot be read."""
     output = Path(settings.output).expanduser()
     files = {name: list_files(name, corpus) for name, corpus in settings.sources.items()}
     key = _key(settings, files)
@@ -101,14 +96,6 @@ def prepare(settings: PrepareConfig) -> Path:
     return output
 
 
-def _check(settings: PrepareConfig) -> None:
-    if not settings.sources:
-        raise ConfigError("sources: is empty; name at least one corpus: sources: {mine: {paths: [...]}}")
-    for name in settings.sources:
-        if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
-            raise ConfigError(f"sources: {name!r} cannot be a folder's name; use letters, digits, '.', '_' and '-'")
-
-
 def _key(settings: PrepareConfig, files: Files) -> str:
     """A hash of the settings and of every file's path, size and time of change."""
     stats = [(name, str(path), path.stat()) for name, paths in files.items() for path in paths]
@@ -130,9 +117,9 @@ def _read(title: str, settings: PrepareConfig, files: Files, skip: Callable[[str
     with progress(title, sum(path.stat().st_size for paths in files.values() for path in paths)) as show:
         for name, paths in files.items():
             for path in paths:
-                for document in read_documents(path, settings.sources[name], on_bad):
+                for text in read_documents(path, settings.sources[name], on_bad):
                     documents += 1
-                    yield name, document.text
+                    yield name, text
                 done += path.stat().st_size
                 show(done, f"{documents:,} documents")
 
@@ -190,11 +177,6 @@ class _Split:
             self.facts["shards"] += 1
             self.writer = None
 
-    def abandon(self) -> None:
-        """Close what a failure left open; what was committed stays."""
-        if self.writer is not None:
-            self.writer.abandon()
-
 
 def _write_shards(settings: PrepareConfig, files: Files, tokenizer: Tokenizer, root: Path) -> dict[str, dict[str, Any]]:
     """Every document into a shard under `root`; returns what each source has become, for the manifest."""
@@ -212,12 +194,10 @@ def _write_shards(settings: PrepareConfig, files: Files, tokenizer: Tokenizer, r
             encoded = tokenizer.encode([text for _, text in batch], settings.add_bos, settings.add_eos)
             for (name, text), ids in zip(batch, encoded, strict=True):
                 splits[name, "validation" if is_held_out(text, settings.validation_share) else "train"].add(text, ids)
+    finally:
         for (name, split), written in splits.items():
             written.close()
             entries[name][split] = written.facts
-    finally:
-        for written in splits.values():
-            written.abandon()
     for name, entry in entries.items():
         if not entry["train"]["tokens"]:
             found = f"{len(files[name])} file(s), {entry['validation']['documents']} document(s) were held out"

@@ -1,6 +1,6 @@
 """Documents out of files: plain text and JSON lines, plain or compressed (.gz, .zst).
 
-What it refuses to know: tokens. Every document knows the file and line that it came from, so that a message can name it.
+What it refuses to know: tokens. A message names the file and line of what cannot be read.
 """
 
 import glob
@@ -9,7 +9,6 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -35,21 +34,11 @@ class CorpusConfig:
     documents: Literal["file", "paragraph", "line"] = "file"
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    text: str
-    place: str  # file, or file:line
-
-
 OnBad = Callable[[str], None]
 
 
 def list_files(name: str, corpus: CorpusConfig) -> list[Path]:
-    """The files of a corpus in sorted order.
-
-    Raises:
-        ConfigError: when a pattern matches nothing.
-    """
+    """The files of a corpus in sorted order. Raises ConfigError when a pattern matches nothing."""
 
     def find(pattern: str) -> set[str]:
         return set(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
@@ -65,7 +54,7 @@ def list_files(name: str, corpus: CorpusConfig) -> list[Path]:
     return [Path(path) for path in sorted(files)]
 
 
-def read_documents(path: Path, corpus: CorpusConfig, on_bad: OnBad) -> Iterator[Document]:
+def read_documents(path: Path, corpus: CorpusConfig, on_bad: OnBad) -> Iterator[str]:
     """The documents of one file. What cannot be read as a document goes to `on_bad(reason)`, which may raise."""
     if path.stat().st_size == 0:
         on_bad(f"{path}: is an empty file")
@@ -83,7 +72,7 @@ def _open(path: Path) -> IO[bytes]:
     return cast(IO[bytes], openers.get(path.suffix, open)(path, "rb"))
 
 
-def _read_json_lines(path: Path, field: str | None, on_bad: OnBad) -> Iterator[Document]:
+def _read_json_lines(path: Path, field: str | None, on_bad: OnBad) -> Iterator[str]:
     fields = FIELDS if field is None else (field,)
     number = 0
     try:
@@ -99,14 +88,14 @@ def _read_json_lines(path: Path, field: str | None, on_bad: OnBad) -> Iterator[D
                     continue
                 text = next((record[key] for key in fields if key in record), None) if isinstance(record, dict) else None
                 if isinstance(text, str):
-                    yield Document(text, place)
+                    yield text
                 else:
                     on_bad(f"{place}: has no text under {' or '.join(map(repr, fields))}")
     except UNREADABLE as error:
         on_bad(f"{path}: cannot be read past line {number} ({error}): truncated or not compressed as its name says")
 
 
-def _read_text(path: Path, documents: str, on_bad: OnBad) -> Iterator[Document]:
+def _read_text(path: Path, documents: str, on_bad: OnBad) -> Iterator[str]:
     try:
         with _open(path) as file:
             text = file.read().decode("utf-8")
@@ -118,21 +107,21 @@ def _read_text(path: Path, documents: str, on_bad: OnBad) -> Iterator[Document]:
         return
     lines = io.StringIO(text)  # as editors count them, ends kept; `splitlines` would also cut at form feeds and at U+2028
     if documents == "file":
-        yield Document(text, str(path))
+        yield text
     elif documents == "line":
-        yield from (Document(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip())
+        yield from filter(str.strip, lines)
     else:
-        yield from _paragraphs(lines, path)
+        yield from _paragraphs(lines)
 
 
-def _paragraphs(lines: Iterable[str], path: Path) -> Iterator[Document]:
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
     """Stretches of lines between blank lines, the blank lines kept with the paragraph before them."""
-    begin, paragraph, blank = 1, "", False
-    for number, line in enumerate(lines, 1):
+    paragraph, blank = "", False
+    for line in lines:
         if line.strip() and blank and paragraph.strip():
-            yield Document(paragraph, f"{path}:{begin}")
-            begin, paragraph = number, ""
+            yield paragraph
+            paragraph = ""
         paragraph += line
         blank = not line.strip()
     if paragraph.strip():
-        yield Document(paragraph, f"{path}:{begin}")
+        yield paragraph

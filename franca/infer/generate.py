@@ -25,10 +25,8 @@ class SamplingConfig:
 def generate(
     model: Any, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop_tokens: Collection[int] = ()
 ) -> list[list[int]]:
-    """Continue every prompt (token ids, at least one each) by up to `max_new_tokens`, or until a stop token, which is left out.
-
-    Raises:
-        ValueError: when a prompt is empty or does not fit into the model's context with what is asked for.
+    """Continue prompts by `max_new_tokens`, or until a stop token, which is left out. Raises ValueError for one that is empty
+    or does not fit into the model's context with what is asked for.
     """
     longest = max((len(prompt) for prompt in prompts), default=0)
     if not prompts or not all(len(prompt) for prompt in prompts):
@@ -63,15 +61,11 @@ def choose(logits_BV: Tensor, sampling: SamplingConfig, generator: torch.Generat
     """One token per row: (B,). `top_p`: nucleus sampling (Holtzman et al. 2020)."""
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
-        smallest = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        more, equal = logits_BV > smallest, logits_BV == smallest
-        kept = more | (equal & (more.sum(dim=-1, keepdim=True) + equal.cumsum(dim=-1) <= sampling.top_k))
-        logits_BV = logits_BV.masked_fill(~kept, -torch.inf)
+    logits_BV, ids_BV = (logits_BV / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k is not None:
+        logits_BV[:, sampling.top_k :] = -torch.inf
     if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = logits_BV.sort(dim=-1, descending=True, stable=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
-        logits_BV = logits_BV.masked_fill(dropped, -torch.inf)
-    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)[:, 0]
+        share_BV = logits_BV.softmax(dim=-1)
+        logits_BV.masked_fill_(share_BV.cumsum(dim=-1) - share_BV >= sampling.top_p, -torch.inf)
+    drawn_B1 = torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)
+    return ids_BV.gather(-1, drawn_B1)[:, 0]

@@ -6,33 +6,21 @@ from pathlib import Path
 import torch
 
 from franca.checkpoint.convert import ids_of, open_model
-from franca.core.config import Precision, check, config, merge, parse_words
+from franca.core.config import Precision, check, parse_words
 from franca.core.errors import ConfigError
 from franca.data.tokenizer import Tokenizer
 from franca.infer.generate import SamplingConfig, generate
 
 
-@config
-class SampleConfig:
-    """What is asked of a model."""
-
-    sampling: SamplingConfig = SamplingConfig()
-    precision: Precision = "fp32"
-
-
-def complete(source: Path, prompts: list[str], settings: SampleConfig) -> list[str]:
-    """Continue each prompt with the model of a run, a checkpoint or a Hugging Face folder; returns the new text alone.
-
-    Raises:
-        ConfigError: when there is no model, or a prompt does not fit.
-    """
+def complete(source: Path, prompts: list[str], sampling: SamplingConfig, precision: Precision = "fp32") -> list[str]:
+    """Continue each prompt with the model of a run, a checkpoint or a Hugging Face folder; returns the new text alone."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, special = open_model(source, device, settings.precision)
+    model, tokenizer, special = open_model(source, device, precision)
     head, stops = ids_of(special, "bos")[:1], ids_of(special, "eos")
     start = head or stops[:1]  # a model without a start token begins a text where the one before it ended
     ids = [[*(head if prompt else start), *tokenizer.encode([prompt])[0].tolist()] for prompt in prompts]
     try:
-        outputs = generate(model, ids, settings.sampling, stops)
+        outputs = generate(model, ids, sampling, stops)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return [_new_text(tokenizer, given, output) for given, output in zip(ids, outputs, strict=True)]
@@ -44,13 +32,10 @@ def _new_text(tokenizer: Tokenizer, given: list[int], output: list[int]) -> str:
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(output)
 
 
-def main(source: Path, prompts: list[str], words: list[str]) -> None:
+def main(source: Path, prompts: list[str], words: list[str], precision: Precision) -> None:
     """Print each prompt with its continuation; without prompts, read one from standard input."""
     if not prompts:
         prompts = [sys.stdin.read()] if not sys.stdin.isatty() else [""]
-    values = parse_words(words)
-    short = {key: values.pop(key) for key in list(values) if key not in ("sampling", "precision")}
-    # `temperature=0.8` is short for `sampling.temperature=0.8`.
-    settings = check(SampleConfig, merge({"sampling": short}, values), "franca sample")
-    for number, (prompt, text) in enumerate(zip(prompts, complete(source, prompts, settings), strict=True)):
+    sampling = check(SamplingConfig, parse_words(words), "franca sample")
+    for number, (prompt, text) in enumerate(zip(prompts, complete(source, prompts, sampling, precision), strict=True)):
         print(("" if number == 0 else "\n---\n") + prompt + text)

@@ -6,7 +6,7 @@ D model width, H query heads, K key/value heads, E width of a head, F width of t
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -43,9 +43,6 @@ class Model(Protocol):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Named sums over the valid tokens of the batch, as fp32 scalars; the loop divides by the global count."""
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Set every parameter and buffer, after `to_empty()`."""
 
     def new_cache(self, batch: int, max_len: int) -> Any:
         """An empty cache for `batch` rows of up to `max_len` positions."""
@@ -85,18 +82,3 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         part = re.sub(r"^layers\.\d+\.", "", name).split(".")[0]
         parts[part] += parameter.numel()
     return {"total": parts.total(), "non_embedding": parts.total() - parts["embedding"] - parts["head"], **parts}
-
-
-def expand_names(templates: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """Our parameter names -> the other library's, from templates in which {} is the layer's number.
-
-    Raises:
-        ValueError: for a parameter that no template names.
-    """
-    result = {}
-    for name in names:
-        key = re.sub(r"\d+", "{}", name, count=1)
-        if key not in templates:
-            raise ValueError(f"parameter {name!r} has no name in the other library; known: {', '.join(templates)}")
-        result[name] = templates[key].format(*re.findall(r"\d+", name))
-    return result

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from franca.models.base import Batch, owners
+from franca.models.base import Batch
 from franca.models.layers import Embedding, KVCache, Linear, RMSNorm, Rope, cross_entropy_sum, document_mask, multiply
 
 
@@ -26,18 +26,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else Linear(config.dim, config.vocab_size, config.init_std)
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        for module in owners(self):
-            module.reset(generator)
-
     def forward(
         self, tokens_BT: Tensor, document_BT: Tensor | None = None, position_BT: Tensor | None = None, cache: Any = None
     ) -> Tensor:
-        """Logits (B, T, V) in the compute dtype. With a cache, `tokens_BT` are the positions after those it holds.
-
-        Raises:
-            ValueError: for documents or positions together with a cache, which counts one document's positions itself.
-        """
+        """Logits (B, T, V) in the compute dtype. With a cache, `tokens_BT` follow what it holds, and it counts positions."""
         return multiply(self._trunk(tokens_BT, document_BT, position_BT, cache), self._head_weight())
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,23 +1,23 @@
-"""Hugging Face's names and folders: `config.json` to our config and back, tensors streamed from and to safetensors.
+"""Hugging Face's names and folders: `config.json` to our config and back, tensors from and to safetensors.
 
 What it refuses to know: tokenizers, checkpoints, devices. A tensor that has no place on the other side is an error, never
 left out in silence.
 """
 
-import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from franca.core.config import check, problems_error
 from franca.core.errors import ConfigError
-from franca.models.base import expand_names
+from franca.models.layers import RopeScaling
 from franca.models.llama import LlamaConfig
 
 SHARD_BYTES = 5_000_000_000
@@ -36,12 +36,6 @@ NAMES = {  # ours -> theirs
     "tied": "tie_word_embeddings",
 }
 OPTIONAL = ("num_kv_heads", "head_dim", "init_std", "tied")  # left out, they mean what they mean to us
-ROPE_NAMES = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_seq_len": "original_max_position_embeddings",
-}
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # what our model computes
 
 
@@ -51,7 +45,7 @@ def to_hf_config(c: LlamaConfig, special: Mapping[str, Any], dtype: torch.dtype)
     family = "qwen3" if c.qk_norm else "llama"
     scaling = None
     if c.rope_scaling is not None:
-        scaling = {"rope_type": "llama3", **{theirs: getattr(c.rope_scaling, ours) for ours, theirs in ROPE_NAMES.items()}}
+        scaling = {"rope_type": "llama3", **vars(c.rope_scaling)}
     return {
         "model_type": family,
         "architectures": [FAMILIES[family]],
@@ -68,11 +62,7 @@ def to_hf_config(c: LlamaConfig, special: Mapping[str, Any], dtype: torch.dtype)
 
 
 def from_hf_config(values: dict[str, Any], where: str) -> LlamaConfig:
-    """Our config for a `config.json`.
-
-    Raises:
-        ConfigError: for a family or an option that our model does not compute.
-    """
+    """Our config for a `config.json`. Raises ConfigError for a family or an option that our model does not compute."""
     family = values.get("model_type")
     if family not in FAMILIES:
         raise ConfigError(f"{where}: model_type {family!r} cannot be imported; expected 'llama' or 'qwen3'")
@@ -85,7 +75,7 @@ def from_hf_config(values: dict[str, Any], where: str) -> LlamaConfig:
         raise ConfigError(f"{where}: rope_type {rope_type!r} cannot be imported; expected 'default' or 'llama3'")
     try:
         shape = {ours: values[theirs] for ours, theirs in NAMES.items() if theirs in values or ours not in OPTIONAL}
-        scaling = {ours: given[theirs] for ours, theirs in ROPE_NAMES.items()} if rope_type == "llama3" else None
+        scaling = {field.name: given[field.name] for field in fields(RopeScaling)} if rope_type == "llama3" else None
     except KeyError as error:
         raise ConfigError(f"{where}: has no {error.args[0]!r}") from None
     shape |= {"rope_theta": given["rope_theta"], "rope_scaling": scaling, "qk_norm": family == "qwen3"}
@@ -95,42 +85,20 @@ def from_hf_config(values: dict[str, Any], where: str) -> LlamaConfig:
     return config
 
 
+def their_names(c: LlamaConfig, parameters: Iterable[str]) -> dict[str, str]:
+    """Our parameter names -> Hugging Face's."""
+    return {n: c.hf_names[re.sub(r"\d+", "{}", n, count=1)].format(*re.findall(r"\d+", n)) for n in parameters}
+
+
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Stream named tensors into `model-NNNNN-of-NNNNN.safetensors` and their index; holds one shard in memory."""
-    total = 0
-    parts: list[list[str]] = []
-    for shard in _shards(tensors, shard_bytes):
-        save_file(shard, folder / f"part-{len(parts)}", metadata={"format": "pt"})
-        parts.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(parts):
-        final = "model.safetensors" if len(parts) == 1 else f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
-        (folder / f"part-{number}").rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _shards(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > most_bytes:
-            yield shard
-            shard = {}
-        shard[name] = tensor.contiguous()
-    yield shard
+    """Named tensors as `model.safetensors`, or as `model-NNNNN-of-NNNNN.safetensors` and their index."""
+    save_torch_state_dict(dict(tensors), folder, max_shard_size=shard_bytes)
 
 
 def load_into(parameters: dict[str, Tensor], c: LlamaConfig, folder: Path) -> None:
-    """Copy a folder's tensors into our parameters; every tensor must find its place, with its shape.
-
-    Raises:
-        ConfigError: that lists what is missing, left over or of another shape, or names a file that is broken.
-    """
+    """Copy a folder's tensors into our parameters. Raises ConfigError for what is missing, left over, broken or misshapen."""
     stored = _find_tensors(folder)
-    names = expand_names(c.hf_names, list(parameters))
+    names = their_names(c, parameters)
     # Stored by some exporters, though it follows from the rest: a tied head, the frequencies of RoPE.
     implied = {name for name in stored if name.endswith("rotary_emb.inv_freq") or (c.tied and name == "lm_head.weight")}
     missing = [name for name in names.values() if name not in stored]
@@ -163,5 +131,5 @@ def _find_tensors(folder: Path) -> dict[str, Path]:
 
 def tensors_for(c: LlamaConfig, parameters: dict[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Our parameters under Hugging Face's names, in `dtype`."""
-    for ours, theirs in expand_names(c.hf_names, list(parameters)).items():
+    for ours, theirs in their_names(c, parameters).items():
         yield theirs, parameters[ours].detach().to(device="cpu", dtype=dtype)

@@ -20,22 +20,18 @@ _FEW_ROWS = 64  # up to so many, `multiply` takes its own way on a CPU
 
 
 class Linear(nn.Module):
-    """y = x W^T (+ b). Weight (out, in), drawn from N(0, init_std^2)."""
+    """y = x W^T. Weight (out, in), drawn from N(0, init_std^2)."""
 
-    def __init__(self, in_features: int, out_features: int, init_std: float, bias: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, init_std: float) -> None:
         super().__init__()
         self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def reset(self, generator: torch.Generator) -> None:
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = multiply(x, self.weight)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        return multiply(x, self.weight)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -108,12 +104,15 @@ class RMSNorm(nn.Module):
 
 @config
 class RopeScaling:
-    """Llama 3.1's rule for longer contexts: slow frequencies are divided by `factor`, the ones between are blended."""
+    """Llama 3.1's rule for longer contexts: slow frequencies are divided by `factor`, the ones between are blended.
+
+    Hugging Face's names, which everybody's configs use.
+    """
 
     factor: Positive = 8.0
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
-    original_max_seq_len: Count = 8192
+    original_max_position_embeddings: Count = 8192
 
 
 class Rope(nn.Module):
@@ -143,7 +142,7 @@ class Rope(nn.Module):
 
 
 def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    turns = scaling.original_max_seq_len / (2 * math.pi / frequencies)
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0, 1)  # 0: divided by the factor, 1: as it was
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies

@@ -45,7 +45,7 @@ def reshard(model: nn.Module) -> None:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """`Model.init_weights` for a sharded model: each module's full weights are drawn once and this rank's part is kept.
+    """Set every parameter and buffer: each module's full weights are drawn once, and this rank's part of them is kept.
 
     Never more than one module is whole, and every mesh gets the same numbers.
     """

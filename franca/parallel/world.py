@@ -67,11 +67,7 @@ class World:
 
 
 def start(timeout_s: float = 600.0) -> World:
-    """Find this process's place and, with several processes, join the process group (gloo; NCCL beside it on GPUs).
-
-    Raises:
-        ConfigError: when the launcher's variables are incomplete.
-    """
+    """Find this process's place and, with several processes, join the process group (gloo; NCCL beside it on GPUs)."""
     rank, size, local_rank = _place(os.environ)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

@@ -79,17 +79,13 @@ def read_config(path: Path, words: list[str]) -> RunConfig:
 
 
 def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
-    """Fill in what follows from the data, and check everything that can be checked before a process starts.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
+    """Fill in what follows from the data, and check all that can be checked without processes: one ConfigError says it all."""
     plan = open_plan(settings.data)
-    model, problems = settings.model, []
+    model, vocab_size, problems = settings.model, plan.tokenizer["vocab_size"], []
     if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=plan.vocab_size)  # type: ignore[type-var]
-    elif model.vocab_size < plan.vocab_size:
-        problems.append(f"model.vocab_size: is {model.vocab_size}, but the tokenizer has {plan.vocab_size} ids")
+        model = dataclasses.replace(model, vocab_size=vocab_size)  # type: ignore[type-var]
+    elif model.vocab_size < vocab_size:
+        problems.append(f"model.vocab_size: is {model.vocab_size}, but the tokenizer has {vocab_size} ids")
     if model.max_seq_len < settings.data.seq_len:
         problems.append(f"data.seq_len: is {settings.data.seq_len}, longer than model.max_seq_len {model.max_seq_len}")
     problems += [*model.problems(), *mesh.problems(settings.parallel, num_ranks)]

@@ -5,6 +5,7 @@ There are no callbacks: what happens, and in which order, is what stands here.
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import franca
 from franca.checkpoint import convert, sharded
-from franca.checkpoint.store import Checkpoint, Store, find_whole
+from franca.checkpoint.store import Checkpoint, Store, find
 from franca.core.config import differences, to_dict, to_yaml
 from franca.core.duration import crossed
 from franca.core.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RESUMABLE, ConfigError
@@ -90,7 +91,7 @@ def start(settings: RunConfig, here: World, faults: Faults, path: Path | None = 
     """One attempt at a run, from nothing or from its newest good checkpoint. Returns the exit code."""
     resolved = resolve(settings, here.size)
     folder = RunFolder(Path(settings.run).expanduser())
-    with folder.lock(here.is_main):
+    with folder.lock() if here.is_main else nullcontext():
         attempt = open_folder(folder, resolved, here, path)
         with Metrics(settings.metrics, folder, attempt, resolved.total_steps, speaking=here.is_main) as metrics:
             try:
@@ -116,7 +117,7 @@ def open_folder(folder: RunFolder, resolved: Resolved, here: World, path: Path |
         folder.write_environment(world.environment(here))
         if path is not None and path.is_file() and not folder.base_config.exists():
             write_atomically(folder.base_config, path.read_bytes())
-        folder.event("start", attempt, world_size=here.size, code=code, plan=resolved.plan.fingerprint)
+        folder.event("start", attempt, world_size=here.size, code=code, plan=resolved.plan.order.fingerprint)
         Store(folder.checkpoints).tidy()
     return int(here.from_main(attempt))
 
@@ -186,8 +187,7 @@ def step(run: Run, batch: Batch, num_valid: float) -> Noted:
 def log(run: Run) -> None:
     """Fetch the numbers of all steps since the last time in one go, and hand them to the sinks; losses in nats per token.
 
-    Raises:
-        FloatingPointError: on every rank, when a loss or a gradient is not a number; before such weights can be saved.
+    Raises FloatingPointError on every rank, when a loss or a gradient is not a number; before such weights can be saved.
     """
     if not run.noted:
         return
@@ -250,15 +250,12 @@ def save(run: Run) -> None:
         "samples": min(clock.samples, run.resolved.stop_samples),
         "tokens": clock.tokens,
         "attempt": run.attempt,
-        "plan": plan.fingerprint,
-        "tokenizer": plan.tokenizer_fingerprint,
+        "plan": plan.order.fingerprint,
+        "tokenizer": plan.tokenizer["sha256"],
         "config": to_dict(run.config),
     }
-    params = convert.Params(model=run.config.model, tokenizer={**plan.special_tokens})
-
-    def beside(folder: Path) -> None:
-        convert.write_params(folder, params, plan.tokenizer_path)
-
+    special = {name: plan.tokenizer[name] for name in ("bos", "eos")}
+    beside = convert.params_writer(run.config.model, special, plan.datasets[0].root / "tokenizer.json")
     store = Store(run.folder.checkpoints)
     sharded.save(store, run.step, state(run), facts, beside, run.world)
     run.saved_step = run.step
@@ -285,7 +282,7 @@ def resume(run: Run) -> None:
         run.step = run.saved_step = checkpoint.step
     elif run.config.init_from is not None:
         weights = {name: tensor for name, tensor in state(run).items() if name.startswith("model.")}
-        sharded.load(find_whole(Path(run.config.init_from).expanduser()), weights, run.world.size)
+        sharded.load(find(Path(run.config.init_from).expanduser(), whole=True), weights, run.world.size)
     if run.world.is_main:
         run.metrics.roll_back(run.step)
         if checkpoint is not None:
@@ -301,9 +298,9 @@ def refuse_other_data(run: Run, checkpoint: Checkpoint) -> None:
     meta, plan = checkpoint.meta, run.resolved.plan
     if meta.get("weights_only"):
         raise ConfigError(f"{checkpoint.path}: holds weights alone, nothing to resume. Start a new run folder with init_from.")
-    if meta["tokenizer"] != plan.tokenizer_fingerprint:
+    if meta["tokenizer"] != plan.tokenizer["sha256"]:
         raise ConfigError(f"{checkpoint.path}: was trained with another tokenizer. Start a new run folder (run=...).")
-    if meta["plan"] != plan.fingerprint:
+    if meta["plan"] != plan.order.fingerprint:
         changed = differences(meta["config"]["data"], to_dict(run.config.data))
         shown = "; ".join(f"data.{path}: {old!r} -> {new!r}" for path, old, new in changed) or "the files of a dataset changed"
         raise ConfigError(

@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 from franca.core.config import BelowOne, NotNegative, Positive, Share, config
 from franca.core.duration import Duration, Length
 from franca.core.schedule import Decay, Timeline, learning_rate
-from franca.models.base import Model
 
 
 @config
@@ -51,10 +50,9 @@ def lr_at(optim: OptimConfig, timeline: Timeline, length: Duration, step: int) -
 
 def build(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the groups that the model names, with its state in place (zeros), ready to be loaded into."""
-    contract: Model = model  # type: ignore[assignment]
     parameters = dict(model.named_parameters())
     decays = {"decay": optim.weight_decay, "no_decay": 0.0}
-    named = contract.param_groups().items()
+    named = model.param_groups().items()  # type: ignore[operator]
     groups = [{"params": [parameters[n] for n in names], "weight_decay": decays[group]} for group, names in named if names]
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
     for parameter in parameters.values():

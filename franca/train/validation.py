@@ -9,7 +9,7 @@ from torch import nn
 from franca.core.config import Count, config
 from franca.core.duration import RepeatableCadence
 from franca.data.loader import Loader
-from franca.models.base import Batch, Model
+from franca.models.base import Batch
 from franca.parallel.apply import reshard
 from franca.parallel.world import World
 
@@ -27,13 +27,12 @@ def measure(model: nn.Module, loader: Loader, facts: dict[str, Any], micro_sampl
 
     Bits per byte count every byte of the set: tokens that nothing predicts (the very first) count as the mean of the others.
     """
-    contract: Model = model  # type: ignore[assignment]
     model.eval()
     rows = loader.order.epoch_samples
     total, num_valid = torch.zeros((), dtype=torch.float64, device=world.device), 0
     for first in range(0, rows, micro_samples * world.size):
         batch = loader.rows(first + world.rank * micro_samples, micro_samples)
-        total += contract.losses(to_device(batch, world.device))["nll"].double()
+        total += model.losses(to_device(batch, world.device))["nll"].double()  # type: ignore[operator]
         num_valid += batch.num_valid
     nll, valid = world.sum([total.item(), num_valid])
     model.train()

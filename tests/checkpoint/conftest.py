@@ -14,6 +14,7 @@ from franca.checkpoint import convert, sharded
 from franca.checkpoint.store import Checkpoint, Store
 from franca.data.tokenizer import Tokenizer
 from franca.models.llama import LlamaConfig
+from franca.parallel.apply import init_weights
 
 CORPUS = [
     "The ship's log says: 12 barrels of wine, 3 of oil, and one of salted fish.\n",
@@ -51,14 +52,10 @@ def make_checkpoint(tokenizer_file: Path, tokenizer: Tokenizer) -> Callable[...,
 
     def make(run: Path, config: LlamaConfig, step: int = 7) -> Checkpoint:
         model = config.build()
-        model.init_weights(torch.Generator().manual_seed(0))
+        init_weights(model, torch.Generator().manual_seed(0))
         scatter_weights(model)
         tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-        special = {"bos": tokenizer.bos, "eos": tokenizer.eos}
-
-        def beside(folder: Path) -> None:
-            convert.write_params(folder, convert.Params(model=config, tokenizer=special), tokenizer_file)
-
+        beside = convert.params_writer(config, {"bos": tokenizer.bos, "eos": tokenizer.eos}, tokenizer_file)
         return sharded.save(Store(run / "checkpoints"), step, tensors, {"samples": step * 4}, beside, convert.ONE)
 
     return make

@@ -32,7 +32,7 @@ from franca.models.layers import RopeScaling
 from franca.models.llama import LlamaConfig
 
 # In 64 positions, wavelengths of all three regimes: kept, interpolated, stretched.
-LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=32)
+LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped": {"num_kv_heads": 2},

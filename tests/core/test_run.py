@@ -164,19 +164,12 @@ def test_attempts_are_counted_by_the_events(tmp_path):
 
 def test_only_one_attempt_at_a_time_is_at_work_in_a_run_folder(tmp_path):
     run = RunFolder(tmp_path / "deep" / "run")
-    with run.lock(True):
+    with run.lock():
         assert run.checkpoints.is_dir()
-        with run.lock(False):  # another rank of the same attempt
+        with pytest.raises(ConfigError, match="run: another process is training here"), run.lock():
             pass
-        with pytest.raises(ConfigError, match="run: another process is training here"), run.lock(True):
-            pass
-    with run.lock(True):  # free again for the next
+    with run.lock():  # free again for the next
         pass
-
-
-def test_a_rank_that_does_not_want_the_lock_makes_no_folder(tmp_path):
-    with RunFolder(tmp_path / "run").lock(False):
-        assert names(tmp_path) == []
 
 
 def make_package(folder):

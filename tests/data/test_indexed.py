@@ -79,19 +79,14 @@ def test_the_hash_of_a_shard_is_of_its_tokens_and_of_where_its_documents_end(tmp
     assert len({hash_of(DOCUMENTS), *map(hash_of, others)}) == 4
 
 
-def test_nothing_is_visible_before_the_commit(tmp_path):
+def test_it_is_no_shard_before_the_commit(tmp_path):
     writer = ShardWriter(tmp_path / "deep" / "00000", np.dtype(np.int32))
     writer.add([np.arange(100_000)])
-    assert os.listdir(tmp_path / "deep") == ["00000.bin.partial"]
+    assert os.listdir(tmp_path / "deep") == ["00000.bin"]
+    with pytest.raises(ConfigError, match=r"00000\.idx"):
+        Shard(writer.prefix)
     writer.commit()
     assert sorted(os.listdir(tmp_path / "deep")) == ["00000.bin", "00000.idx"]
-
-
-def test_an_abandoned_shard_leaves_nothing(tmp_path):
-    writer = ShardWriter(tmp_path / "00000", np.dtype(np.int32))
-    writer.add([np.arange(5)])
-    writer.abandon()
-    assert os.listdir(tmp_path) == []
 
 
 @PROPERTY
@@ -161,7 +156,6 @@ def test_a_dataset_gives_its_shards_in_order(write_shards, tmp_path):
     dataset = make_dataset(write_shards, tmp_path)
     assert [shard.read(0, 9).tolist() for shard in dataset.shards("train", "x")] == [[1, 2], [3, 4, 5, 6]]
     assert dataset.shards("validation", "x") == []
-    assert dataset.tokenizer_path == tmp_path / "tokenizer.json"
 
 
 def test_a_dataset_whose_shards_do_not_hold_what_the_manifest_says_is_refused(write_shards, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -220,10 +221,8 @@ def test_a_plan_opens_every_source_of_every_dataset(write_shards, tmp_path):
     two = make_dataset(write_shards, tmp_path / "two", {"x": ([[6, 7, 8, 9]], [[3]])})
     data = DataConfig(sources=(SourceConfig(path=one), SourceConfig(path=two)), seq_len=4)
     plan = open_plan(data)
-    assert (plan.vocab_size, plan.tokenizer_fingerprint) == (300, "one")
+    assert plan.tokenizer == {"sha256": "one", "vocab_size": 300, "bos": None, "eos": 7}
     assert [source.num_tokens for source in plan.order.sources] == [5, 4]
-    assert plan.special_tokens == {"bos": None, "eos": 7}
-    assert plan.fingerprint == plan.order.fingerprint
     sets = validation_sets(plan, data)
     assert {label: loader.rows(0, 1).tokens_BT[0].tolist() for label, (loader, _) in sets.items()} == {
         "x": [9, 9, 0, 0],
@@ -245,6 +244,12 @@ def test_everything_wrong_with_the_data_settings_is_said_at_once():
     ):
         assert part in message
     assert message.count("input should be greater than 0, got 0.0") == 2
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_a_weight_that_is_no_share_is_refused(weight):
+    with pytest.raises(ConfigError, match=rf"sources\[0\]\.weight: input should be .*, got {weight}"):
+        check(DataConfig, {"sources": [{"path": "a", "weight": weight}]}, "data")
 
 
 def test_weights_for_some_sources_only_are_refused(write_shards, tmp_path):
@@ -270,9 +275,9 @@ def test_a_dataset_may_be_renamed_but_not_replaced_by_other_content(write_shards
     for path, content in zip(paths, [documents, documents, other, cut_elsewhere, [[7] * 9]], strict=True):
         make_dataset(write_shards, path, {"x": (content, [])})
     here, there, changed, cut = (plan_of(path, paths[4], weight=weight) for path in paths[:4])
-    assert here.fingerprint == there.fingerprint
+    assert here.order.fingerprint == there.order.fingerprint
     assert first_rows(here) == first_rows(there)
-    assert len({here.fingerprint, changed.fingerprint, cut.fingerprint}) == 3
+    assert len({plan.order.fingerprint for plan in (here, changed, cut)}) == 3
 
 
 def test_shortages_name_the_folder(write_shards, tmp_path):
@@ -282,7 +287,7 @@ def test_shortages_name_the_folder(write_shards, tmp_path):
 
 
 def test_no_source_at_all_is_refused():
-    with pytest.raises(ConfigError, match=r"data\.sources: is empty"):
+    with pytest.raises(ConfigError, match=r"data\.sources: the sources \[\] hold no tokens"):
         open_plan(DataConfig(sources=()))
 
 

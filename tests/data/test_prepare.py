@@ -305,9 +305,9 @@ def test_where_everything_is_held_out_there_is_nothing_to_learn_or_train_on(tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sources": {}}, "sources: is empty"),
-        ({"sources": {"../up": CorpusConfig(paths=("a",))}}, r"'\.\./up' cannot be a folder's name"),
-        ({"sources": {".hidden": CorpusConfig(paths=("a",))}}, "cannot be a folder's name"),
+        ({"sources": {}}, r"sources: dictionary should have at least 1 item"),
+        ({"sources": {"../up": CorpusConfig(paths=("a",))}}, r"sources.*: string should match pattern .* got '\.\./up'"),
+        ({"sources": {".hidden": CorpusConfig(paths=("a",))}}, r"sources.*: string should match pattern .* got '\.hidden'"),
         ({"validation_share": 1.0}, r"validation_share: input should be less than 1, got 1\.0"),
         ({"validation_share": -0.1}, r"validation_share: input should be greater than or equal to 0, got -0\.1"),
         ({"shard_tokens": 0}, "shard_tokens: input should be greater than or equal to 1, got 0"),

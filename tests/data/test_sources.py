@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from franca.core.errors import ConfigError
-from franca.data.sources import CorpusConfig, Document, list_files, read_documents
+from franca.data.sources import CorpusConfig, list_files, read_documents
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 TEXT = "Häuser 語\r\nline two\n\n\x0cpage\u2028same line\n"
@@ -49,29 +49,29 @@ def write_packed(path, pack, data):
 @pytest.mark.parametrize(("suffix", "pack"), PLAIN + PACKED)
 def test_a_text_file_is_one_document_to_the_byte(tmp_path, suffix, pack):
     path = write_packed(tmp_path / f"a.txt{suffix}", pack, TEXT.encode())
-    assert read(path) == ([Document(TEXT, str(path))], [])
+    assert read(path) == ([TEXT], [])
 
 
 @pytest.mark.parametrize(("suffix", "pack"), PLAIN + PACKED)
 @pytest.mark.parametrize("stem", ["a.jsonl", "a.ndjson", "a.json"])
-def test_json_lines_are_documents_with_their_line(tmp_path, suffix, pack, stem):
+def test_json_lines_are_documents(tmp_path, suffix, pack, stem):
     lines = [json.dumps({"text": TEXT, "id": 1}), "", json.dumps({"id": 2, "content": "two"}, ensure_ascii=False)]
     path = write_packed(tmp_path / (stem + suffix), pack, "\n".join(lines).encode())
-    assert read(path) == ([Document(TEXT, f"{path}:1"), Document("two", f"{path}:3")], [])
+    assert read(path) == ([TEXT, "two"], [])
 
 
 def test_a_named_field_is_taken_and_no_other(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "t", "body": "b"}\n{"text": "t"}\n{"text": "t", "content": "c"}\n')
-    assert read(path, field="body") == ([Document("b", f"{path}:1")], [f"{path}:{n}: has no text under 'body'" for n in (2, 3)])
-    assert [document.text for document in read(path)[0]] == ["t", "t", "t"]
+    assert read(path, field="body") == (["b"], [f"{path}:{n}: has no text under 'body'" for n in (2, 3)])
+    assert read(path)[0] == ["t", "t", "t"]
 
 
 def test_the_format_can_be_said(tmp_path):
     path = tmp_path / "a.data"
     path.write_text('{"text": "t"}\n')
-    assert [document.text for document in read(path)[0]] == ['{"text": "t"}\n']
-    assert [document.text for document in read(path, format="jsonl")[0]] == ["t"]
+    assert read(path)[0] == ['{"text": "t"}\n']
+    assert read(path, format="jsonl")[0] == ["t"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line, reason):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n' + line + '\n{"text": "three"}\n')
     documents, reasons = read(path)
-    assert documents == [Document("one", f"{path}:1"), Document("three", f"{path}:3")]
+    assert documents == ["one", "three"]
     assert len(reasons) == 1
     assert reasons[0].startswith(f"{path}:2: {reason}")
 
@@ -122,7 +122,7 @@ def test_an_empty_file_is_bad(tmp_path):
 def test_an_archive_of_nothing_is_an_empty_document(tmp_path):
     for suffix, pack in PACKED:
         path = write_packed(tmp_path / f"a.txt{suffix}", pack, b"")
-        assert read(path) == ([Document("", str(path))], [])
+        assert read(path) == ([""], [])
 
 
 def noise(lines):
@@ -141,7 +141,7 @@ def test_a_truncated_archive_is_bad_and_never_a_shorter_text(tmp_path, suffix, p
         documents, reasons = read(path)
         assert len(reasons) == 1
         assert reasons[0].startswith(f"{path}: cannot be read")
-        assert [document.text for document in documents] == ([] if stem == "a.txt" else whole[: len(documents)])
+        assert documents == ([] if stem == "a.txt" else whole[: len(documents)])
         assert len(documents) < 700 or cut < 8  # so little is only the checksum at the end
 
 
@@ -160,14 +160,13 @@ def test_any_cut_into_frames_gives_the_same_text(tmp_path_factory, data, cuts):
     bounds = [0, *sorted(cuts), len(data)]
     path.write_bytes(b"".join(zst(data.hex().encode()[2 * a : 2 * b]) for a, b in itertools.pairwise(bounds)))
     expected = "".join(data[a:b].hex() for a, b in itertools.pairwise(bounds))
-    assert read(path) == ([Document(expected, str(path))], [])
+    assert read(path) == ([expected], [])
 
 
 def test_a_line_ends_where_editors_end_it(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(TEXT.encode())
-    documents = [("Häuser 語\r\n", 1), ("line two\n", 2), ("\x0cpage\u2028same line\n", 4)]
-    assert read(path, documents="line")[0] == [Document(text, f"{path}:{line}") for text, line in documents]
+    assert read(path, documents="line")[0] == ["Häuser 語\r\n", "line two\n", "\x0cpage\u2028same line\n"]
 
 
 LINES = st.lists(st.sampled_from(["a\n", "b b\n", "\n", "  \n", "é\r\n", "\r\n"]), max_size=12)
@@ -182,13 +181,12 @@ def test_paragraphs_end_at_blank_lines_and_lose_nothing(tmp_path_factory, lines,
     path = tmp_path_factory.getbasetemp() / "paragraphs.txt"
     path.write_bytes(text.encode())
     documents = read(path, documents="paragraph")[0]
-    assert "".join(document.text for document in documents) == text
+    assert "".join(documents) == text
     every = text.splitlines(keepends=True)
     starts = [n for n, line in enumerate(every) if line.strip() and (n == 0 or not every[n - 1].strip())]
     assert len(documents) == len(starts)
     for document, start in zip(documents[1:], starts[1:], strict=True):
-        assert document.place == f"{path}:{start + 1}"
-        assert document.text.splitlines(keepends=True)[0] == every[start]
+        assert document.splitlines(keepends=True)[0] == every[start]
 
 
 def make_files(folder, *names):

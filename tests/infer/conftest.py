@@ -14,6 +14,7 @@ from franca.checkpoint import convert, sharded
 from franca.checkpoint.store import Store
 from franca.data.tokenizer import Tokenizer
 from franca.models.llama import LlamaConfig
+from franca.parallel.apply import init_weights
 
 
 @dataclass
@@ -36,12 +37,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         vocab_size=tokenizer.vocab_size, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=64, init_std=0.2
     )
     model = config.build()
-    model.init_weights(torch.Generator().manual_seed(0))
-
-    def beside(folder: Path) -> None:
-        special = {"bos": tokenizer.bos, "eos": tokenizer.eos}
-        convert.write_params(folder, convert.Params(model=config, tokenizer=special), root / "tokenizer.json")
-
+    init_weights(model, torch.Generator().manual_seed(0))
+    beside = convert.params_writer(config, {"bos": tokenizer.bos, "eos": tokenizer.eos}, root / "tokenizer.json")
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     sharded.save(Store(root / "run" / "checkpoints"), 3, tensors, {}, beside, convert.ONE)
     convert.export(root / "run", root / "hf")

@@ -13,9 +13,9 @@ from franca.core.errors import ConfigError
 from franca.data.tokenizer import Tokenizer
 from franca.infer import sample
 from franca.infer.generate import SamplingConfig, generate
-from franca.infer.sample import SampleConfig, complete
+from franca.infer.sample import complete
 
-GREEDY = SampleConfig(sampling=SamplingConfig(max_new_tokens=12, temperature=0))
+GREEDY = SamplingConfig(max_new_tokens=12, temperature=0)
 PROMPTS = ["The miller", "größer als", " two  geese, and", ""]
 
 
@@ -35,19 +35,17 @@ def test_the_text_is_that_of_transformers(trained: Any) -> None:
 
 
 def test_an_empty_prompt_starts_where_a_text_ended(trained: Any) -> None:
-    tokens = generate(trained.model, [[trained.tokenizer.eos]], GREEDY.sampling, [trained.tokenizer.eos])
+    tokens = generate(trained.model, [[trained.tokenizer.eos]], GREEDY, [trained.tokenizer.eos])
     assert complete(trained.run, [""], GREEDY) == [trained.tokenizer.decode(tokens[0])]
 
 
 def test_bf16_speaks_too(trained: Any) -> None:
-    settings = SampleConfig(sampling=GREEDY.sampling, precision="bf16")
-    assert complete(trained.run, PROMPTS[:1], settings) == complete(trained.folder, PROMPTS[:1], settings)
+    run, folder = (complete(source, PROMPTS[:1], GREEDY, "bf16") for source in (trained.run, trained.folder))
+    assert run == folder
 
 
 def test_a_seed_is_reproducible(trained: Any) -> None:
-    texts = [
-        complete(trained.run, PROMPTS, SampleConfig(sampling=SamplingConfig(max_new_tokens=12, seed=s))) for s in (1, 1, 2)
-    ]
+    texts = [complete(trained.run, PROMPTS, SamplingConfig(max_new_tokens=12, seed=seed)) for seed in (1, 1, 2)]
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
 
@@ -65,16 +63,16 @@ def test_the_space_between_prompt_and_continuation_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "prompt", "words"),
+    ("sampling", "prompt", "words"),
     [
         (GREEDY, "geese " * 60, r"prompt tokens and 12 new ones do not fit into the model's context of 64"),
-        (SampleConfig(sampling=SamplingConfig(max_new_tokens=64)), "two", r"64 new ones do not fit"),
+        (SamplingConfig(max_new_tokens=64), "two", r"64 new ones do not fit"),
     ],
     ids=["long prompt", "long answer"],
 )
-def test_what_cannot_be_is_one_message(trained: Any, settings: SampleConfig, prompt: str, words: str) -> None:
+def test_what_cannot_be_is_one_message(trained: Any, sampling: SamplingConfig, prompt: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        complete(trained.run, [prompt], settings)
+        complete(trained.run, [prompt], sampling)
 
 
 def test_a_folder_without_a_model_is_said_to_be_none(tmp_path: Path) -> None:
@@ -82,21 +80,21 @@ def test_a_folder_without_a_model_is_said_to_be_none(tmp_path: Path) -> None:
         complete(tmp_path, ["two"], GREEDY)
 
 
-def test_settings_may_be_given_by_their_short_names(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    sample.main(trained.run, PROMPTS[:2], ["temperature=0", "sampling.max_new_tokens=12", "precision=fp32"])
-    first, second = complete(trained.run, PROMPTS[:2], GREEDY)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_settings_are_given_as_words(trained: Any, capsys: pytest.CaptureFixture[str], precision: Any) -> None:
+    sample.main(trained.run, PROMPTS[:2], ["temperature=0", "max_new_tokens=12"], precision)
+    first, second = complete(trained.run, PROMPTS[:2], GREEDY, precision)
     assert capsys.readouterr().out == f"{PROMPTS[0]}{first}\n\n---\n{PROMPTS[1]}{second}\n"
 
 
-@pytest.mark.parametrize("word", ["temperature=-1.0", "sampling.temperature=-1.0"])
-def test_a_setting_out_of_range_is_refused_by_its_name(trained: Any, word: str) -> None:
-    with pytest.raises(ConfigError, match=r"^franca sample: sampling\.temperature: input should be greater than or equal to 0"):
-        sample.main(trained.run, ["two"], [word])
+def test_a_setting_out_of_range_is_refused_by_its_name(trained: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^franca sample: temperature: input should be greater than or equal to 0"):
+        sample.main(trained.run, ["two"], ["temperature=-1.0"], "fp32")
 
 
 def test_an_unknown_setting_is_refused_by_its_name(trained: Any) -> None:
-    with pytest.raises(ConfigError, match=r"sampling\.temprature: unknown key \(did you mean 'temperature'\?\)"):
-        sample.main(trained.run, ["two"], ["temprature=0"])
+    with pytest.raises(ConfigError, match=r"^franca sample: temprature: unknown key \(did you mean 'temperature'\?\)"):
+        sample.main(trained.run, ["two"], ["temprature=0"], "fp32")
 
 
 def test_a_model_is_opened_without_gradients(trained: Any) -> None:

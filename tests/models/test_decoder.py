@@ -28,7 +28,7 @@ LLAMA_3_1_8B = LlamaConfig(
 
 def initialised(config: LlamaConfig, seed: int = 0) -> Decoder:
     model = config.build()
-    model.init_weights(torch.Generator().manual_seed(seed))
+    init_weights(model, torch.Generator().manual_seed(seed))
     return model
 
 
@@ -247,7 +247,7 @@ def test_a_model_laid_on_a_device_starts_as_a_plain_one(tied: bool) -> None:
 
 
 def test_initialisation_leaves_nothing_unset() -> None:
-    model = on_meta(dataclasses.replace(SMALL, qk_norm=True, rope_scaling=RopeScaling(original_max_seq_len=16)))
+    model = on_meta(dataclasses.replace(SMALL, qk_norm=True, rope_scaling=RopeScaling(original_max_position_embeddings=16)))
     model.to_empty(device="cpu")
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data.fill_(math.nan)

@@ -15,16 +15,17 @@ from franca.core.errors import ConfigError
 from franca.models import hf
 from franca.models.layers import RopeScaling
 from franca.models.llama import LlamaConfig
+from franca.parallel.apply import init_weights
 
 SMALL = LlamaConfig(
     vocab_size=61, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, max_seq_len=16, init_std=0.25
 )
-SCALING = RopeScaling(factor=4.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_seq_len=12)
+SCALING = RopeScaling(factor=4.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_position_embeddings=12)
 
 
 def weights(config: LlamaConfig) -> dict[str, Tensor]:
     model = config.build()
-    model.init_weights(torch.Generator().manual_seed(0))
+    init_weights(model, torch.Generator().manual_seed(0))
     return {name: p.detach() for name, p in model.named_parameters()}
 
 

@@ -9,9 +9,11 @@ import torch
 
 from franca.core.config import check, config, to_dict
 from franca.core.errors import ConfigError
-from franca.models.base import ModelConfig, expand_names
+from franca.models.base import ModelConfig
+from franca.models.hf import their_names
 from franca.models.layers import RopeScaling
 from franca.models.llama import LlamaConfig
+from franca.parallel.apply import init_weights
 
 SMALL = LlamaConfig(vocab_size=61, dim=32, num_layers=2, num_heads=4, max_seq_len=16)
 
@@ -63,7 +65,7 @@ def test_a_number_out_of_range_is_refused_when_the_config_is_read(options: dict[
 def test_a_shape_without_problems_computes(options: dict[str, Any]) -> None:
     shape = dataclasses.replace(SMALL, **options)
     model = shape.build()
-    model.init_weights(torch.Generator().manual_seed(0))
+    init_weights(model, torch.Generator().manual_seed(0))
     assert shape.problems() == []
     assert model(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, 61)
 
@@ -83,12 +85,12 @@ def test_an_unknown_option_is_refused_by_its_name() -> None:
 def test_every_parameter_has_one_name_in_the_other_library(options: dict[str, Any]) -> None:
     shape = dataclasses.replace(SMALL, **options)
     ours = [name for name, _ in shape.build().named_parameters()]
-    theirs = expand_names(LlamaConfig.hf_names, ours)
+    theirs = their_names(shape, ours)
     assert list(theirs) == ours
     assert len(set(theirs.values())) == len(ours)
     assert theirs["layers.1.mlp.gate.weight"] == "model.layers.1.mlp.gate_proj.weight"
 
 
 def test_a_parameter_without_a_name_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"layers\.0\.router\.weight"):
-        expand_names(LlamaConfig.hf_names, ["layers.0.router.weight"])
+    with pytest.raises(KeyError, match=r"layers\.{}\.router\.weight"):
+        their_names(SMALL, ["layers.0.router.weight"])

@@ -15,6 +15,7 @@ from franca.core.errors import ConfigError
 from franca.core.run import RunFolder, read_records
 from franca.data.loader import IGNORE, Loader
 from franca.models.base import Batch
+from franca.parallel.apply import init_weights
 from franca.parallel.world import World
 from franca.train import loop, optim
 from franca.train.config import Resolved, read_config, resolve
@@ -41,7 +42,7 @@ def test_losses_and_weights_equal_a_plain_loop(run_file, records) -> None:
     resolved = resolve(settings, 1)
     assert train(path) == 0
     model = resolved.config.model.build()
-    model.init_weights(torch.Generator().manual_seed(settings.seed))
+    init_weights(model, torch.Generator().manual_seed(settings.seed))
     matrices = [p for p in model.parameters() if p.ndim == 2]
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
@@ -197,7 +198,7 @@ def test_a_loss_that_is_no_number_ends_the_run(run_file) -> None:
 
 def test_two_attempts_in_one_folder_are_refused(run_file) -> None:
     path = run_file()
-    with RunFolder(read_config(path, []).run).lock(True), pytest.raises(ConfigError, match="another process"):
+    with RunFolder(read_config(path, []).run).lock(), pytest.raises(ConfigError, match="another process"):
         train(path)
 
 
