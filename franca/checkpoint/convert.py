@@ -22,8 +22,6 @@ from franca.parallel.apply import DTYPES
 from franca.parallel.world import World
 
 ONE = World(0, 1, 0, torch.device("cpu"))
-
-
 Special = dict[str, int | list[int] | None]  # `bos` and `eos`: an id, several of which each ends a text, or no such token
 
 
