@@ -112,9 +112,13 @@ class Timeline:
         if duration.unit == "steps":
             return int(duration.value)
         samples = self.samples(duration)
+        steps = self.steps_for(samples)
+        return steps if duration.unit == "epochs" or self.samples_before(steps) == samples else steps - 1
+
+    def steps_for(self, samples: int) -> int:
+        """The number of steps in which `samples` samples are taken, the last of them perhaps in part."""
         stage = self.stages[bisect.bisect_right(self.stages, samples, key=lambda stage: stage.samples) - 1]
-        whole, rest = divmod(samples - stage.samples, stage.batch_samples)
-        return stage.step + whole + (1 if rest and duration.unit == "epochs" else 0)
+        return stage.step - (stage.samples - samples) // stage.batch_samples
 
     def measure(self, duration: Duration, unit: Unit) -> float:
         """A duration in another unit of the clock."""

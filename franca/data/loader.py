@@ -8,7 +8,7 @@ import resource
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from franca.core.config import Count, Positive, config
+from franca.core.config import Count, NotNegative, Positive, config
+from franca.core.duration import Duration
 from franca.core.errors import ConfigError
 from franca.core.schedule import Timeline
 from franca.data.indexed import Dataset, Shard
-from franca.data.order import Order, Source
+from franca.data.order import AtEnd, Order, Source
 
 IGNORE = -100  # the target of a position that is not trained on
 
@@ -30,11 +31,21 @@ Attention = Literal["causal", "document"]
 
 @config
 class SourceConfig:
-    """One prepared dataset folder. `weight`: its share of the samples; leave it out everywhere to take all rows alike."""
+    """One prepared dataset folder."""
 
     path: str
-    weight: Positive | None = None
+    name: str | None = None  # what `phases` and messages call it; None: the folder's name
+    weight: NotNegative | None = None  # its share of the samples; leave it out everywhere to take all rows alike
     max_epochs: Positive = 1.0
+    at_end: AtEnd = "error"  # when max_epochs are over: refuse the run, end it, go on without this source, or repeat it
+
+
+@config
+class PhaseConfig:
+    """From `start` on (samples or tokens, skipped ones counted), other weights: a source that is not named has none."""
+
+    start: Duration
+    weights: dict[str, NotNegative]
 
 
 @config
@@ -45,6 +56,9 @@ class DataConfig:
     seq_len: Count = 2048  # tokens per row
     attention: Attention = "causal"
     seed: int = 0
+    temperature: Positive | None = None  # instead of weights: each source's rows to the power of 1 / temperature
+    phases: tuple[PhaseConfig, ...] = ()
+    skip: tuple[tuple[int, int], ...] = ()  # ranges [first, last) of samples that are left out, after a loss spike for instance
 
 
 @dataclass(frozen=True)
@@ -93,20 +107,20 @@ class Loader:
         targets = rows[:, 1:]
         spans = self.order.spans(np.arange(first, max(first, min(first + count, self.stop))))
         begins: list[int] = []  # where documents begin, in the flattened rows
-        places = zip(spans.sources.tolist(), spans.starts.tolist(), spans.counts.tolist(), strict=True)
-        for row, (source, start, length) in enumerate(places):
-            filled = 0
+        ends = [0] * count  # how far each row is filled
+        places = zip(spans.rows.tolist(), spans.sources.tolist(), spans.starts.tolist(), spans.counts.tolist(), strict=True)
+        for row, source, start, length in places:
             for shard, offset, part in self._parts(source, start, length):
+                filled = ends[row]
                 rows[row, filled : filled + part] = shard.read(offset, part)
                 if self.documents:
                     base = row * (seq_len + 1) + filled
                     begins += [base + place for place in shard.boundaries(offset, part)]
-                filled += part
+                ends[row] += part
         tokens = rows[:, :seq_len].copy()
-        ends = np.zeros(count, np.int64)
-        ends[: len(spans.counts)] = spans.counts
-        for row in np.flatnonzero(ends <= seq_len).tolist():
-            targets[row, max(ends[row] - 1, 0) :] = IGNORE  # past the end of a source
+        for row, end in enumerate(ends):
+            if end <= seq_len:
+                targets[row, max(end - 1, 0) :] = IGNORE  # past the end of a source
         if not self.documents:
             return Batch(tokens, targets, None, None)
         starts_BT = np.zeros((count, seq_len + 1), np.bool_)
@@ -159,22 +173,44 @@ def open_plan(data: DataConfig) -> Plan:
     sources: list[Source] = []
     shards: list[tuple[Shard, ...]] = []
     datasets = tuple(Dataset(Path(entry.path).expanduser()) for entry in data.sources)
+    hashes: list[str] = []
     for entry, dataset in zip(data.sources, datasets, strict=True):
         theirs, ours = dataset.manifest["tokenizer"]["sha256"], datasets[0].manifest["tokenizer"]["sha256"]
         if theirs != ours:
             raise ConfigError(f"data.sources: {dataset.root} and {datasets[0].root} were made with different tokenizers")
         group = [shard for name in dataset.manifest["sources"] for shard in dataset.shards("train", name)]
-        name = f"{dataset.train_hash}#{len(sources)}"
+        identity = f"{dataset.train_hash}#{hashes.count(dataset.train_hash)}"
+        hashes.append(dataset.train_hash)
         counts = tuple(shard.num_tokens for shard in group)
-        sources.append(Source(name, counts, entry.weight, entry.max_epochs, label=str(dataset.root)))
+        sources.append(Source(identity, counts, entry.weight, entry.max_epochs, entry.at_end, str(dataset.root)))
         shards.append(tuple(group))
     try:
-        order = Order(sources, data.seq_len, data.seed)
+        order = _order(data, sources)
     except ValueError as error:
         raise ConfigError(f"data.sources: {error}") from None
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every memory map keeps a file open; 1024 is a usual soft limit
     return Plan(datasets, order, tuple(shards))
+
+
+def _order(data: DataConfig, sources: list[Source]) -> Order:
+    """The order of a config's sources. Raises ValueError for what does not go together."""
+    names = [entry.name or Path(entry.path).name for entry in data.sources]
+    if data.temperature is not None:
+        if any(source.weight is not None for source in sources):
+            raise ValueError("give the sources weights, or give a temperature, not both")
+        sources = [replace(source, weight=float(source.num_tokens) ** (1 / data.temperature)) for source in sources]
+    if data.phases and len(set(names)) < len(names):
+        raise ValueError(f"phases need sources with different names; give them with `name`; they are {', '.join(names)}")
+    phases = []
+    for number, phase in enumerate(data.phases):
+        if unknown := sorted(set(phase.weights) - set(names)):
+            raise ValueError(f"phases[{number}].weights: there is no source {', '.join(unknown)}, only {', '.join(names)}")
+        if phase.start.unit not in ("samples", "tokens"):
+            raise ValueError(f"phases[{number}].start: is '{phase.start}'; give samples or tokens")
+        start = int(phase.start.value) // (data.seq_len if phase.start.unit == "tokens" else 1)
+        phases.append((start, [phase.weights.get(name, 0.0) for name in names]))
+    return Order(sources, data.seq_len, data.seed, phases=phases, skip=data.skip)
 
 
 def validation_sets(plan: Plan, data: DataConfig) -> dict[str, tuple[Loader, dict[str, Any]]]:

@@ -67,8 +67,9 @@ class Resolved:
     @property
     def stop_samples(self) -> int:
         """Where the data ends for this run: epochs end with their last row, in the middle of a batch if need be."""
-        length = self.config.train.length
-        return self.timeline.samples(length) if length.unit == "epochs" else self.timeline.samples_before(self.total_steps)
+        length, end = self.config.train.length, self.plan.order.end
+        samples = self.timeline.samples(length) if length.unit == "epochs" else self.timeline.samples_before(self.total_steps)
+        return samples if end is None else min(samples, end)
 
 
 def read_config(path: Path, words: list[str]) -> RunConfig:
@@ -100,7 +101,10 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
         raise problems_error("the run", [*problems, f"train.{error}"]) from None
     timeline = Timeline(stages, settings.data.seq_len, plan.order.epoch_samples)
     problems += _batch_problems(settings.train, timeline, num_ranks)
-    resolved = Resolved(dataclasses.replace(settings, model=model), plan, timeline, timeline.steps(settings.train.length))
+    total_steps = timeline.steps(settings.train.length)
+    if plan.order.end is not None:
+        total_steps = min(total_steps, timeline.steps_for(plan.order.end))
+    resolved = Resolved(dataclasses.replace(settings, model=model), plan, timeline, total_steps)
     if resolved.total_steps < 1:
         least = f"one step of {settings.train.batch_samples} samples"
         problems.append(f"train.length: '{settings.train.length}' is less than {least}")

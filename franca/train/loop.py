@@ -117,7 +117,7 @@ def open_folder(folder: RunFolder, resolved: Resolved, here: World, path: Path |
         folder.write_environment(world.environment(here))
         if path is not None and path.is_file() and not folder.base_config.exists():
             write_atomically(folder.base_config, path.read_bytes())
-        folder.event("start", attempt, world_size=here.size, code=code, plan=resolved.plan.order.fingerprint)
+        folder.event("start", attempt, world_size=here.size, code=code, plan=resolved.plan.order.fingerprint())
         Store(folder.checkpoints).tidy()
     return int(here.from_main(attempt))
 
@@ -246,11 +246,12 @@ def save(run: Run) -> None:
         return
     begin = time.monotonic()
     plan, clock = run.resolved.plan, run.resolved.timeline.clock(run.step)
+    samples = min(clock.samples, run.resolved.stop_samples)
     facts = {
-        "samples": min(clock.samples, run.resolved.stop_samples),
+        "samples": samples,
         "tokens": clock.tokens,
         "attempt": run.attempt,
-        "plan": plan.order.fingerprint,
+        "plan": plan.order.fingerprint(samples),
         "tokenizer": plan.tokenizer["sha256"],
         "config": to_dict(run.config),
     }
@@ -300,7 +301,7 @@ def refuse_other_data(run: Run, checkpoint: Checkpoint) -> None:
         raise ConfigError(f"{checkpoint.path}: holds weights alone, nothing to resume. Start a new run folder with init_from.")
     if meta["tokenizer"] != plan.tokenizer["sha256"]:
         raise ConfigError(f"{checkpoint.path}: was trained with another tokenizer. Start a new run folder (run=...).")
-    if meta["plan"] != plan.order.fingerprint:
+    if meta["plan"] != plan.order.fingerprint(meta["samples"]):
         changed = differences(meta["config"]["data"], to_dict(run.config.data))
         shown = "; ".join(f"data.{path}: {old!r} -> {new!r}" for path, old, new in changed) or "the files of a dataset changed"
         raise ConfigError(

@@ -16,7 +16,7 @@ from franca.core.config import check
 from franca.core.duration import Duration
 from franca.core.errors import ConfigError
 from franca.core.schedule import Stage, Timeline
-from franca.data.loader import IGNORE, DataConfig, Loader, SourceConfig, open_plan, validation_sets
+from franca.data.loader import IGNORE, DataConfig, Loader, PhaseConfig, SourceConfig, open_plan, validation_sets
 from franca.data.order import Order, Source
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=15)
@@ -232,7 +232,7 @@ def test_a_plan_opens_every_source_of_every_dataset(write_shards, tmp_path):
 
 
 def test_everything_wrong_with_the_data_settings_is_said_at_once():
-    values = {"sources": [{"path": "a", "weight": 0.0}, {"path": "b", "max_epochs": 0.0}], "seq_len": 0}
+    values = {"sources": [{"path": "a", "weight": -1.0}, {"path": "b", "max_epochs": 0.0}], "seq_len": 0}
     with pytest.raises(ConfigError) as caught:
         check(DataConfig, values, "data")
     message = str(caught.value)
@@ -243,10 +243,11 @@ def test_everything_wrong_with_the_data_settings_is_said_at_once():
         "sources[1].max_epochs: ",
     ):
         assert part in message
-    assert message.count("input should be greater than 0, got 0.0") == 2
+    assert "input should be greater than or equal to 0, got -1.0" in message
+    assert "input should be greater than 0, got 0.0" in message
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
 def test_a_weight_that_is_no_share_is_refused(weight):
     with pytest.raises(ConfigError, match=rf"sources\[0\]\.weight: input should be .*, got {weight}"):
         check(DataConfig, {"sources": [{"path": "a", "weight": weight}]}, "data")
@@ -275,15 +276,66 @@ def test_a_dataset_may_be_renamed_but_not_replaced_by_other_content(write_shards
     for path, content in zip(paths, [documents, documents, other, cut_elsewhere, [[7] * 9]], strict=True):
         make_dataset(write_shards, path, {"x": (content, [])})
     here, there, changed, cut = (plan_of(path, paths[4], weight=weight) for path in paths[:4])
-    assert here.order.fingerprint == there.order.fingerprint
+    assert here.order.fingerprint() == there.order.fingerprint()
     assert first_rows(here) == first_rows(there)
-    assert len({plan.order.fingerprint for plan in (here, changed, cut)}) == 3
+    assert len({plan.order.fingerprint() for plan in (here, changed, cut)}) == 3
 
 
 def test_shortages_name_the_folder(write_shards, tmp_path):
     make_dataset(write_shards, tmp_path / "one", {"x": (number_documents([4]), [])})
     (line,) = plan_of(tmp_path / "one").order.shortages(100)
     assert f"{tmp_path}/one has 2 rows" in line
+
+
+@pytest.fixture
+def two(write_shards, tmp_path):
+    """Settings for two datasets: `one` of 60 tokens and `two` of 6,000."""
+    for name, count in (("one", 60), ("two", 6000)):
+        make_dataset(write_shards, tmp_path / name, {"x": (number_documents([count]), [])})
+
+    def settings(weights=(None, None), **changes):
+        sources = tuple(SourceConfig(path=str(tmp_path / n), weight=w) for n, w in zip(("one", "two"), weights, strict=True))
+        return DataConfig(**{"sources": sources, "seq_len": 2} | changes)
+
+    return settings
+
+
+def shares(plan, samples):
+    return np.bincount(plan.order.spans(np.array(samples)).sources, minlength=2).tolist()
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 1 / 101), (2.0, 1 / 11), (1e9, 0.5)])
+def test_a_temperature_makes_weights_of_the_tokens(two, temperature, share):
+    assert shares(open_plan(two(temperature=temperature)), range(2020))[0] == pytest.approx(2020 * share, abs=1)
+
+
+def test_phases_name_sources_and_begin_at_samples_or_tokens(two):
+    starts = [Duration.parse("100 samples"), Duration.parse("400 tokens")]
+    phases = tuple(PhaseConfig(start=s, weights=w) for s, w in zip(starts, [{"two": 1.0}, {"one": 3, "two": 1}], strict=True))
+    plan = open_plan(two(weights=(1.0, 1.0), phases=phases))
+    assert [shares(plan, range(*span)) for span in ((0, 100), (100, 200), (200, 300))] == [[50, 50], [0, 100], [75, 25]]
+
+
+def phase(start, **weights):
+    return (PhaseConfig(start=Duration.parse(start), weights=weights),)
+
+
+@pytest.mark.parametrize(
+    ("weights", "changes", "message"),
+    [
+        ((None, None), {"phases": phase("9 samples", one=1.0)}, "phases need weights"),
+        ((1.0, 1.0), {"phases": phase("9 samples", three=1.0)}, "there is no source three, only one, two"),
+        ((1.0, 1.0), {"phases": phase("9 steps", one=1.0)}, r"phases\[0\].start: is '9 steps'; give samples or tokens"),
+        ((1.0, 1.0), {"phases": phase("9 samples", one=0.0)}, "one must be above zero"),
+        ((1.0, 1.0), {"phases": phase("9 samples", one=1.0) + phase("8 samples", one=1.0)}, "a start after the phase before"),
+        ((1.0, 1.0), {"temperature": 2.0}, "not both"),
+        ((0.0, 0.0), {}, "one must be above zero"),
+        ((None, None), {"skip": ((5, 2),)}, "skip: the ranges"),
+    ],
+)
+def test_data_that_does_not_go_together_is_refused(two, weights, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        open_plan(two(weights=weights, **changes))
 
 
 def test_no_source_at_all_is_refused():

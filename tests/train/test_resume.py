@@ -86,3 +86,36 @@ def test_the_number_of_ranks_may_change_in_a_run(launch, run_file, records) -> N
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4), f"seed {SEED}, stops {stops}, step {mine['step']}"
     plans = {event["plan"] for event in read_records(run.folder / "events.jsonl") if event["event"] == "start"}
     assert len(plans) == 1
+
+
+def mixed(dataset: Path, *phases: dict) -> dict:
+    sources = [{"path": str(dataset), "name": name, "weight": 1.0} for name in ("a", "b")]
+    return {"sources": sources, "phases": list(phases)}
+
+
+def test_weights_may_change_in_a_run_and_ranks_with_them(launch, run_file, records, dataset) -> None:
+    phase = {"start": "130 samples", "weights": {"b": 1.0}}
+    whole = launch(run_file("whole", data=mixed(dataset, phase)))
+    assert whole.wait() == [0]
+    begun = launch(run_file("changed", data=mixed(dataset)), blow=Blow(signal.SIGTERM, 9, 0.0, (0,)))
+    assert begun.wait() == [75]
+    path = run_file("changed", data=mixed(dataset, phase))  # the phase is new, and yet to come
+    stopped = launch(path, ranks=2, blow=Blow(signal.SIGTERM, 14, 0.0, (0,)))
+    assert stopped.wait() == [75, 75]
+    assert launch(path, ranks=2, blow=Blow(signal.SIGTERM, 25, 0.0, (1,))).wait() == [75, 75]  # across the border
+    assert launch(path).wait() == [0]
+    for mine, theirs in zip(records(begun.folder), records(whole.folder), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4), f"step {mine['step']}"
+    changed = launch(run_file("changed", data=mixed(dataset, phase | {"start": "100 samples"})))
+    assert changed.wait() == [1]  # that phase would have begun before
+    assert "samples would be repeated or lost" in list(read_records(changed.folder / "events.jsonl"))[-1]["reason"]
+
+
+def test_a_run_ends_where_its_source_does(launch, run_file, records, dataset) -> None:
+    sources = [{"path": str(dataset), "max_epochs": 0.01, "at_end": "stop"}]
+    run = launch(run_file("short", data={"sources": sources}))
+    assert run.wait() == [0]
+    last = Store(run.folder / "checkpoints").committed()[-1]
+    rows = Store(run.folder / "checkpoints").committed()[-1].meta["samples"]
+    assert 8 * (last.step - 1) < rows <= 8 * last.step < 8 * 40
+    assert records(run.folder)[-1]["step"] == last.step
