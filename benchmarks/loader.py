@@ -33,7 +33,8 @@ def _write(prefix: Path, seed: int) -> Shard:
     writer = ShardWriter(prefix, np.dtype(np.uint16))
     for _ in range(SHARD_TOKENS // 1_000_000):
         tokens = generator.integers(0, 65536, 1_000_000, dtype=np.uint16)
-        writer.add(np.split(tokens, np.sort(generator.integers(0, 1_000_000, 1_000_000 // DOCUMENT_TOKENS - 1))))
+        cuts = np.sort(generator.integers(0, 1_000_000, 1_000_000 // DOCUMENT_TOKENS - 1))
+        writer.add(tokens, np.diff(cuts, prepend=0, append=1_000_000))
     writer.commit()
     return Shard(prefix)
 

@@ -1,4 +1,4 @@
-"""All benchmarks, one table: `python -m benchmarks.run [training] [generation] [loader] [start]`. Takes some minutes."""
+"""All benchmarks, one table: `python -m benchmarks.run [names of groups]`. Takes some minutes."""
 
 import sys
 import tempfile
@@ -6,10 +6,16 @@ import time
 import warnings
 from pathlib import Path
 
-from benchmarks import generation, loader, start, training
+from benchmarks import generation, loader, prepare, start, training
 from benchmarks.table import Row, machine, say, show
 
-GROUPS = {"start": start.rows, "loader": loader.rows, "generation": generation.rows, "training": training.rows}
+GROUPS = {
+    "start": start.rows,
+    "loader": loader.rows,
+    "prepare": prepare.rows,
+    "generation": generation.rows,
+    "training": training.rows,
+}
 
 
 def main(names: list[str]) -> None:

@@ -80,8 +80,9 @@ def _dataset(folder: Path) -> Path:
         if number:
             os.link(index, source / f"{number:05d}.idx")
     train = {"documents": SHARDS * DOCUMENTS, "tokens": SHARDS * SHARD_TOKENS, "bytes": 4 * SHARDS * SHARD_TOKENS}
-    none = {"documents": 0, "tokens": 0, "bytes": 0, "shards": 0}
+    none = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
     tokenizer = {"sha256": "0" * 64, "vocab_size": 65536, "bos": None, "eos": 0}
-    sources = {"web": {"train": {**train, "shards": SHARDS, "sha256": "0" * 64}, "validation": none, "skipped": 0}}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "tokenizer": tokenizer, "sources": sources}))
+    shards = [{"name": f"{number:05d}", "tokens": SHARD_TOKENS, "sha256": "0" * 64} for number in range(SHARDS)]
+    sources = {"web": {"train": {**train, "shards": shards}, "validation": none, "skipped": 0}}
+    (folder / "manifest.json").write_text(json.dumps({"format": 2, "tokenizer": tokenizer, "sources": sources}))
     return folder

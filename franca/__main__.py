@@ -41,10 +41,27 @@ def demo(
     raise typer.Exit(_call("franca.demo:main", folder, steps))
 
 
-@app.command(epilog="Example: franca prepare data.yaml output=data/mine validation_share=0.02")
-def prepare(file: Annotated[Path, typer.Argument(metavar="DATA.YAML", help="What to prepare.")], words: Words = None) -> None:
-    """Text to a dataset: a tokenizer, token shards, a held-out set."""
-    _call("franca.data.prepare:main", file, words or [])
+@app.command(
+    epilog="Examples: franca prepare data.yaml workers=8; franca prepare shuffle text.yaml; franca prepare mix mix.yaml"
+)
+def prepare(
+    file: Annotated[Path, typer.Argument(metavar="[shuffle|mix] DATA.YAML", help="What to prepare.")], words: Words = None
+) -> None:
+    """Text to a dataset: a tokenizer, token shards, a held-out set. `shuffle`: all documents into one random order first.
+    `mix`: prepared datasets and weights into one dataset.
+    """
+    given, module = list(words or []), "prepare"
+    if str(file) in ("shuffle", "mix"):
+        if not given:
+            raise ConfigError(f"franca prepare {file}: which settings? For example: franca prepare {file} {file}.yaml")
+        file, module = Path(given.pop(0)), str(file)
+    _call(f"franca.data.{module}:main", file, given)
+
+
+@app.command(epilog="Example: franca verify data/mine --json")
+def verify(path: Annotated[Path, typer.Argument(help="A prepared dataset.")], json: Json = False) -> None:
+    """Read every byte of a dataset and say what is not as it was written."""
+    raise typer.Exit(_call("franca.data.verify:main", path, json))
 
 
 @app.command(epilog="Example: franca plan run.yaml --ranks 8 train.batch_samples=256")

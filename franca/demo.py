@@ -20,8 +20,8 @@ import yaml
 from franca.core.errors import EXIT_RESUMABLE, ConfigError
 from franca.core.progress import clock_text
 from franca.core.run import RunFolder, current_metrics
-from franca.data.prepare import is_held_out
 from franca.data.sources import CorpusConfig, list_files, read_documents
+from franca.data.tokenize import is_held_out
 
 PROMPTS = ("def __init__(self", "import ", "    for line in ")
 VALIDATION_SHARE = 0.03

@@ -5,7 +5,7 @@ counts, int32 lengths, int64 byte offsets, int64 document bounds. One sequence i
 few bytes of its index; tokens are read through a memory map.
 
 A dataset folder: `manifest.json` (written last: without it the folder is not a dataset), `tokenizer.json`,
-`train/<source>/NNNNN.{bin,idx}`, `validation/<source>/NNNNN.{bin,idx}`.
+`train/<source>/NAME.{bin,idx}`, `validation/<source>/NAME.{bin,idx}`, and `units/` with a record of every piece of the work.
 """
 
 import hashlib
@@ -27,7 +27,16 @@ from franca.core.run import write_atomically
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
-DTYPES: dict[int, type] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+DTYPES: dict[int, type] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+    6: np.float64,
+    7: np.float32,  # token ids for want of uint16, in old files; to some, 7 is float64
+}
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 
@@ -46,7 +55,7 @@ class Shard:
             bin_bytes = self.bin_path.stat().st_size
             with open(self.idx_path, "rb") as file:
                 self.dtype, self.num_documents = self._parse(file.read(HEADER.size), self.idx_path.stat().st_size)
-                tokens_end = self._last_end(file)
+                tokens_end = self._last_end(file, bin_bytes)
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}). Is the dataset whole?") from None
         if tokens_end != bin_bytes:
@@ -72,14 +81,16 @@ class Shard:
             raise ConfigError(f"{self.idx_path}: has {idx_bytes} bytes, expected {expected}: it is truncated")
         return np.dtype(DTYPES[code]), num_sequences
 
-    def _last_end(self, idx: IO[bytes]) -> int:
-        """The byte at which the last document ends, by the index."""
+    def _last_end(self, idx: IO[bytes], bin_bytes: int) -> int:
+        """The byte at which the last document ends, by the index; decides what dtype code 7 means."""
         if self.num_documents == 0:
             return 0
         idx.seek(HEADER.size + 4 * self.num_documents - 4)
         (length,) = struct.unpack("<i", idx.read(4))
         idx.seek(HEADER.size + 12 * self.num_documents - 8)
         (offset,) = struct.unpack("<q", idx.read(8))
+        if self.dtype == np.float32 and offset + 8 * length == bin_bytes:
+            self.dtype = np.dtype(np.float64)
         return int(offset) + int(length) * self.dtype.itemsize
 
     @cached_property
@@ -101,6 +112,13 @@ class Shard:
         """The byte at which every 1024th document begins."""
         offsets = np.memmap(self.idx_path, np.int64, "r", HEADER.size + 4 * self.num_documents, (self.num_documents,))
         return np.array(offsets[::1024])
+
+    @cached_property
+    def document_lengths(self) -> NDArray[np.int32]:
+        """Tokens of every document, memory-mapped: (num_documents,)."""
+        if self.num_documents == 0:
+            return np.empty(0, np.int32)
+        return np.memmap(self.idx_path, np.int32, "r", HEADER.size, (self.num_documents,)).view(np.ndarray)
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """`count` tokens from token `start` on, without a copy: (count,)."""
@@ -131,15 +149,12 @@ class ShardWriter:
         self.num_tokens = 0
         self.hash = hashlib.sha256()
 
-    def add(self, documents: list[NDArray[Any]]) -> None:
-        """Append documents, each an array of token ids (length,); empty ones are kept."""
-        if not documents:
-            return
-        tokens = np.concatenate(documents).astype(self.dtype, casting="unsafe")
-        content = tokens.tobytes()
+    def add(self, tokens: NDArray[Any], lengths: NDArray[np.integer[Any]]) -> None:
+        """Append documents: their token ids back to back, and how many each has; empty ones are kept."""
+        content = tokens.astype(self.dtype, casting="unsafe").data
         self.hash.update(content)
         self.file.write(content)
-        self.lengths.append(np.fromiter(map(len, documents), np.int32, len(documents)))
+        self.lengths.append(lengths.astype(np.int32))
         self.num_tokens += len(tokens)
 
     def commit(self) -> str:
@@ -177,13 +192,13 @@ class Dataset:
     @property
     def train_hash(self) -> str:
         """A hash of all training tokens and documents: the dataset's identity, whatever its folder is called."""
-        hashes = [entry["train"]["sha256"] for entry in self.manifest["sources"].values()]
+        hashes = [[shard["sha256"] for shard in entry["train"]["shards"]] for entry in self.manifest["sources"].values()]
         return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     def shards(self, split: str, source: str) -> list[Shard]:
         """The shards of one source in the manifest's order; split is `train` or `validation`."""
         entry = self.manifest["sources"][source][split]
-        shards = [Shard(self.root / split / source / f"{number:05d}") for number in range(entry["shards"])]
+        shards = [Shard(self.root / split / source / shard["name"]) for shard in entry["shards"]]
         found = sum(shard.num_tokens for shard in shards)
         if found != entry["tokens"]:
             wrong = f"holds {found} tokens, but the manifest says {entry['tokens']}"

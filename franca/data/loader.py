@@ -16,11 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from franca.core.config import Count, NotNegative, Positive, config
+from franca.core.config import Choice, Count, NotNegative, Positive, Share, config
 from franca.core.duration import Duration
 from franca.core.errors import ConfigError
 from franca.core.schedule import Timeline
 from franca.data.indexed import Dataset, Shard
+from franca.data.megatron import MegatronOrder
 from franca.data.order import AtEnd, Order, Source
 
 IGNORE = -100  # the target of a position that is not trained on
@@ -38,6 +39,28 @@ class SourceConfig:
     weight: NotNegative | None = None  # its share of the samples; leave it out everywhere to take all rows alike
     max_epochs: Positive = 1.0
     at_end: AtEnd = "error"  # when max_epochs are over: refuse the run, end it, go on without this source, or repeat it
+
+
+class OrderConfig(Choice):
+    """The open choice `data.order`."""
+
+
+@config
+class ShuffledConfig(OrderConfig):
+    """Our own order: rows at random within a source, sources mixed exactly."""
+
+    kind: Literal["shuffled"] = "shuffled"
+
+
+@config
+class Megatron2021Config(OrderConfig):
+    """The order of Megatron-LM of 2021, sample by sample; `samples` is what the run was made for, and decides the order."""
+
+    kind: Literal["megatron-2021"]
+    samples: Count
+    split: str = "949,50,1"
+    part: Literal["train", "validation", "test"] = "train"
+    last_epoch_threshold: Share = 0.80  # 0.95 in later versions of Megatron-DeepSpeed
 
 
 @config
@@ -58,6 +81,7 @@ class DataConfig:
     seed: int = 0
     temperature: Positive | None = None  # instead of weights: each source's rows to the power of 1 / temperature
     phases: tuple[PhaseConfig, ...] = ()
+    order: OrderConfig = ShuffledConfig()
     skip: tuple[tuple[int, int], ...] = ()  # ranges [first, last) of samples that are left out, after a loss spike for instance
 
 
@@ -88,7 +112,12 @@ class Loader:
     """Rows by number. `shards[s]` are the shards of the order's source s; samples from `stop` on are empty rows."""
 
     def __init__(
-        self, order: Order, shards: Sequence[Sequence[Shard]], timeline: Timeline, stop: int, attention: Attention = "causal"
+        self,
+        order: Order | MegatronOrder,
+        shards: Sequence[Sequence[Shard]],
+        timeline: Timeline,
+        stop: int,
+        attention: Attention = "causal",
     ) -> None:
         self.order, self.shards, self.timeline, self.stop = order, shards, timeline, stop
         self.documents = attention == "document"
@@ -159,7 +188,7 @@ class Plan:
     """The training data, opened: datasets, the order over them, and the shards behind it."""
 
     datasets: tuple[Dataset, ...]
-    order: Order
+    order: Order | MegatronOrder
     shards: tuple[tuple[Shard, ...], ...]
 
     @property
@@ -185,7 +214,7 @@ def open_plan(data: DataConfig) -> Plan:
         sources.append(Source(identity, counts, entry.weight, entry.max_epochs, entry.at_end, str(dataset.root)))
         shards.append(tuple(group))
     try:
-        order = _order(data, sources)
+        order = _order(data, sources) if isinstance(data.order, ShuffledConfig) else _megatron_order(data, sources, shards)
     except ValueError as error:
         raise ConfigError(f"data.sources: {error}") from None
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -211,6 +240,18 @@ def _order(data: DataConfig, sources: list[Source]) -> Order:
         start = int(phase.start.value) // (data.seq_len if phase.start.unit == "tokens" else 1)
         phases.append((start, [phase.weights.get(name, 0.0) for name in names]))
     return Order(sources, data.seq_len, data.seed, phases=phases, skip=data.skip)
+
+
+def _megatron_order(data: DataConfig, sources: list[Source], shards: list[tuple[Shard, ...]]) -> MegatronOrder:
+    """The order of 2021; our own ways to mix have no place in it."""
+    if data.phases or data.skip or data.temperature is not None or any(s.max_epochs != 1.0 for s in data.sources):
+        raise ValueError("the order megatron-2021 knows weights alone: no phases, skip, temperature or max_epochs")
+    assert isinstance(data.order, Megatron2021Config)
+    lengths = [np.concatenate([shard.document_lengths for shard in group]) for group in shards]
+    given = [source.weight for source in sources if source.weight is not None]
+    names, kind = [source.name for source in sources], data.order
+    split = (kind.split, kind.part, kind.last_epoch_threshold)
+    return MegatronOrder(names, lengths, given or None, data.seq_len, data.seed, kind.samples, *split)
 
 
 def validation_sets(plan: Plan, data: DataConfig) -> dict[str, tuple[Loader, dict[str, Any]]]:

@@ -161,7 +161,7 @@ class MegatronOrder:
             raise ValueError(f"the weights are {list(weights)}; each must be above 0. Leave out a source that is not wanted.")
         self._weights = None if weights is None else _shares(weights)
         wanted = [num_samples] if self._weights is None else [math.ceil(num_samples * w * 1.005) for w in self._weights]
-        self.epoch_samples = 0
+        self.epoch_samples, self.end = 0, None
         self._plan: list[tuple[int, int, int, int]] = []  # of each source: begin, end, epochs, together
         for name, lengths, count in zip(names, document_lengths, wanted, strict=True):
             begin, end = split_boundaries(split, len(lengths))[PARTS.index(part) :][:2]

@@ -26,7 +26,7 @@ _MIX1, _MIX2, _GOLDEN = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB13311
 _ROUND_KEYS = [np.uint64(number * 0x9E3779B97F4A7C15 % 2**64) for number in range(6)]
 
 
-def _hash64(values: Words) -> Words:
+def hash64(values: Words) -> Words:
     """The finalizer of SplitMix64 (Steele et al. 2014): every input bit moves every output bit."""
     values = (values ^ (values >> np.uint64(30))) * _MIX1
     values = (values ^ (values >> np.uint64(27))) * _MIX2
@@ -63,7 +63,7 @@ def _feistel(values: Words, bits: Words, key: Words) -> Words:
     low_mask, high_mask = (one << low_bits) - one, (one << high_bits) - one
     for round_key in _ROUND_KEYS:
         low, high = values & low_mask, values >> low_bits
-        values = (low << high_bits) | ((high ^ _hash64(low + key + round_key)) & high_mask)
+        values = (low << high_bits) | ((high ^ hash64(low + key + round_key)) & high_mask)
         # the halves change places, and so do their widths
         low_bits, high_bits, low_mask, high_mask = high_bits, low_bits, high_mask, low_mask
     return values
@@ -218,7 +218,7 @@ class Order:
         rows = self._rows[stream]
         epochs, row = number // rows, number % rows
         if self.shuffle:
-            row = permute(row, rows, _hash64(epochs.astype(np.uint64) * _GOLDEN ^ self._keys[stream]))
+            row = permute(row, rows, hash64(epochs.astype(np.uint64) * _GOLDEN ^ self._keys[stream]))
         if self._one_stream:
             stream = np.searchsorted(self._row_offsets, row, side="right") - 1
             row = row - self._row_offsets[stream]

@@ -1,34 +1,41 @@
-"""Text to a dataset folder: documents -> tokenizer -> `.bin/.idx` shards and a held-out set chosen by hash.
+"""`franca prepare`: text to a dataset folder. Documents -> tokenizer -> `.bin/.idx` shards and a held-out set chosen by hash.
 
-The work happens in `<output>.partial`, which is renamed when everything is there: a folder with the final name is whole.
+The work is a list of units (see `tokenize`), each committed by itself: killed anywhere and started again, it does what is
+missing, and the bytes are the same. A folder is a dataset from the moment its manifest is written.
 """
 
-import hashlib
+import fcntl
 import json
-import shutil
+import multiprocessing
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from franca import __version__
 from franca.core.config import Count, config, load, to_dict
-from franca.core.errors import ConfigError
+from franca.core.errors import EXIT_RESUMABLE, ConfigError
 from franca.core.progress import progress
-from franca.core.run import sync_folder, write_atomically
-from franca.data.indexed import Dataset, ShardWriter, token_dtype
+from franca.core.run import write_atomically
+from franca.core.workers import end_with_parent
+from franca.data import tokenize
+from franca.data.indexed import Dataset
 from franca.data.sources import CorpusConfig, list_files, read_documents
+from franca.data.tokenize import SPLITS, Policy, Unit, is_held_out
 from franca.data.tokenizer import Tokenizer
 
-Files = dict[str, list[Path]]  # of every source
+UNIT_BYTES = 64_000_000  # files smaller than this are prepared together
 
-BATCH_CHARACTERS = 4_000_000
+Files = dict[str, list[Path]]  # of every source
 
 
 @config
@@ -52,6 +59,8 @@ class PrepareConfig:
     add_eos: bool = True
     shard_tokens: Count = 1_000_000_000
     on_bad_document: Literal["error", "skip"] = "error"
+    workers: Count = 1  # processes
+    download_dir: str | None = None  # for the files of the hub; None: beside the output
 
 
 def main(path: Path, words: list[str]) -> None:
@@ -60,27 +69,209 @@ def main(path: Path, words: list[str]) -> None:
 
 
 def prepare(settings: PrepareConfig) -> Path:
-    """Make the dataset folder of `settings`, or find it made; returns its path. Raises ConfigError for what cannot be read."""
-    output = Path(settings.output).expanduser()
-    files = {name: list_files(name, corpus) for name, corpus in settings.sources.items()}
-    key = _key(settings, files)
-    if output.exists():
-        with suppress(ConfigError):  # a folder that is no dataset
-            if Dataset(output).manifest.get("key") == key:
-                print(f"{output} is already prepared from the same files and settings", file=sys.stderr)
-                return output
-        advice = "Remove it or choose another output."
-        raise ConfigError(f"{output}: exists and was not made from these files and settings. {advice}")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tokenizer = _tokenizer(settings, files)
-    (partial / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    sources = _write_shards(settings, files, tokenizer, partial)
-    manifest = {
-        "format": 1,
+    """Make the dataset folder of `settings`, or finish it; returns its path. Raises ConfigError for what cannot be read."""
+    root = Path(settings.output).expanduser()
+    corpora = {name: _local(corpus, settings) for name, corpus in settings.sources.items()}
+    files = {name: list_files(name, corpus) for name, corpus in corpora.items()}
+    if root.exists() and not (root / "units").is_dir() and not (root.is_dir() and not any(root.iterdir())):
+        raise ConfigError(f"{root}: exists and is no dataset of franca. Remove it, or choose another output.")
+    (root / "units").mkdir(parents=True, exist_ok=True)
+    with _alone(root):
+        tokenizer = _tokenizer(settings, files, root)
+        policy = Policy(
+            tokenizer.fingerprint,
+            settings.add_bos,
+            settings.add_eos,
+            settings.validation_share,
+            settings.shard_tokens,
+            settings.on_bad_document == "skip",
+        )
+        tokenizer.encode_flat([], settings.add_bos, settings.add_eos)  # refuses what it has no token for
+        units = [unit for name, paths in files.items() for unit in _units(name, corpora[name], paths)]
+        records = _finish(root, units, policy, settings.workers)
+        manifest = _manifest(settings, tokenizer, files, [(u.source, record) for u, record in zip(units, records, strict=True)])
+        write_atomically(root / "manifest.json", json.dumps(manifest, indent=2))
+        _sweep(root, manifest, {unit.id(policy) for unit in units})
+    return root
+
+
+def _local(corpus: CorpusConfig, settings: PrepareConfig) -> CorpusConfig:
+    """The corpus with its files on this machine: those of the hub are downloaded first, as far as they are not there."""
+    if corpus.hub is None:
+        return corpus
+    from franca.data.hub import fetch  # a client that others need not load
+
+    folder = Path(settings.download_dir or f"{settings.output}.download").expanduser() / corpus.hub
+    try:
+        fetch(corpus.hub, folder, corpus.paths, corpus.revision)
+    except OSError as error:
+        print(f"error: {error}. The same command goes on where it stopped.", file=sys.stderr)
+        raise SystemExit(EXIT_RESUMABLE) from None
+    exclude = tuple(f"{folder}/{pattern}" for pattern in corpus.exclude)
+    return replace(corpus, paths=tuple(f"{folder}/{pattern}" for pattern in corpus.paths), exclude=exclude)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Keep a second preparation out of the folder."""
+    with open(root / "units" / ".lock", "w") as file:
+        deadline = time.monotonic() + 5.0  # one that was just killed may take a moment to go
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"{root}: another process is preparing it. Wait for it, or choose another output."
+                    ) from None
+                time.sleep(0.1)
+        yield
+
+
+def _units(name: str, corpus: CorpusConfig, paths: list[Path]) -> Iterator[Unit]:
+    """Neighbouring small files together, large files alone, in the order of the files."""
+    together: list[Path] = []
+    size = 0
+    for path in paths:
+        here = path.stat().st_size
+        if together and size + here > UNIT_BYTES:
+            yield Unit(name, corpus, tuple(together), size)
+            together, size = [], 0
+        together.append(path)
+        size += here
+    yield Unit(name, corpus, tuple(together), size)
+
+
+def _finish(root: Path, units: list[Unit], policy: Policy, workers: int) -> list[dict[str, Any]]:
+    """The records of all units, in order; what is missing is done, the largest first."""
+    records = {number: record for number, u in enumerate(units) if (record := tokenize.committed(root, u, policy))}
+    missing = sorted(set(range(len(units))) - set(records), key=lambda number: (-units[number].num_bytes, number))
+    if not missing:
+        print(f"{root} is already prepared from the same files and settings", file=sys.stderr)
+        return [records[number] for number in range(len(units))]
+    (root / "manifest.json").unlink(missing_ok=True)
+    if records:
+        print(f"{len(records)} of {len(units)} units are there already", file=sys.stderr)
+    total, done, tokens = sum(units[number].num_bytes for number in missing), 0, 0
+    with progress("tokens", total) as show:
+
+        def tick(new: int) -> None:
+            nonlocal tokens
+            tokens += new
+            show(done, f"{tokens:,} tokens")
+
+        for number, record in _run(root, units, missing, policy, workers, tick):
+            records[number] = record
+            done += units[number].num_bytes
+            show(done, f"{tokens:,} tokens")
+    return [records[number] for number in range(len(units))]
+
+
+def _run(
+    root: Path, units: list[Unit], missing: list[int], policy: Policy, workers: int, tick: Callable[[int], None]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Do the missing units, in this process or in several: the number and the record of each as it is done."""
+    if min(workers, len(missing)) == 1:
+        for number in missing:
+            yield number, tokenize.run(root, units[number], policy, tick)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of the tokenizer's threads
+    count, known = spawn.Value("q", 0), 0
+    with ProcessPoolExecutor(min(workers, len(missing)), spawn, _start_worker, (count,)) as pool:
+        pending = {pool.submit(_in_worker, root, units[number], policy): number for number in missing}
+        try:
+            while pending:
+                finished = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED).done
+                tick(count.value - known)
+                known = count.value
+                for future in finished:
+                    yield pending.pop(future), future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_counts: list[Any] = []  # of a worker: the tokens of all workers
+
+
+def _start_worker(count: Any) -> None:
+    """One thread for each process: their tokenizers would otherwise share all cores, and wait for each other."""
+    end_with_parent()
+    os.putenv("RAYON_NUM_THREADS", "1")
+    _counts[:] = [count]
+
+
+def _in_worker(root: Path, unit: Unit, policy: Policy) -> dict[str, Any]:
+    (count,) = _counts
+
+    def tick(tokens: int) -> None:
+        with count.get_lock():
+            count.value += tokens
+
+    return tokenize.run(root, unit, policy, tick)
+
+
+def _tokenizer(settings: PrepareConfig, files: Files, root: Path) -> Tokenizer:
+    """The tokenizer that is given, or one trained on the documents; the same again when the command is run again."""
+    wanted, path = settings.tokenizer, root / "tokenizer.json"
+    made_from = json.dumps([to_dict(wanted), settings.validation_share, _facts(files) if wanted.path is None else None])
+    if path.exists() and (root / "units" / "tokenizer").read_text() == made_from and wanted.path is None:
+        return Tokenizer.load(path)
+    tokenizer = Tokenizer.load(Path(wanted.path).expanduser()) if wanted.path else _train(settings, files)
+    same = path.exists() and path.read_text(encoding="utf-8") == tokenizer.json
+    if not same:  # from here on until the end there is no dataset
+        (root / "manifest.json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    write_atomically(root / "units" / "tokenizer", made_from)
+    if not same:
+        write_atomically(path, tokenizer.json)
+    return tokenizer
+
+
+def _facts(files: Files) -> list[Any]:
+    return [[name, str(path), path.stat().st_size, path.stat().st_mtime_ns] for name, paths in files.items() for path in paths]
+
+
+def _train(settings: PrepareConfig, files: Files) -> Tokenizer:
+    texts = _training_texts(settings, files)
+    first = next(texts, None)
+    if first is None:
+        raise ConfigError("tokenizer: there is no training text to learn it from. Add documents or lower validation_share")
+    return Tokenizer.train(chain([first], texts), settings.tokenizer.vocab_size)
+
+
+def _training_texts(settings: PrepareConfig, files: Files) -> Iterator[str]:
+    """Training documents up to `train_bytes`; the last is cut: one book may be longer than the limit."""
+
+    def on_bad(reason: str) -> None:
+        if settings.on_bad_document == "error":
+            raise ConfigError(f"{reason}. Mend it, or set on_bad_document: skip to leave such documents out and count them.")
+
+    left = total = min(settings.tokenizer.train_bytes, sum(path.stat().st_size for paths in files.values() for path in paths))
+    with progress("tokenizer: reading", total) as show:
+        for name, paths in files.items():
+            for text in chain.from_iterable(read_documents(path, settings.sources[name], on_bad) for path in paths):
+                if not is_held_out(text, settings.validation_share):
+                    content = text.encode()[:left]
+                    yield content.decode(errors="ignore")
+                    left -= len(content)
+                    show(total - left)
+                    if not left:
+                        return
+
+
+def _manifest(
+    settings: PrepareConfig, tokenizer: Tokenizer, files: Files, records: list[tuple[str, dict[str, Any]]]
+) -> dict[str, Any]:
+    sources = {name: tokenize.gather([record for source, record in records if source == name]) for name in files}
+    for name, entry in sources.items():
+        if not entry["train"]["tokens"]:
+            found = f"{len(files[name])} file(s), {entry['validation']['documents']} document(s) were held out"
+            advice = "Add documents, lower validation_share, or cut the text with documents: paragraph"
+            raise ConfigError(f"sources.{name}: no training tokens came out of {found}. {advice}")
+    return {
+        "format": 2,
         "franca": __version__,
-        "key": key,
         "settings": to_dict(settings),
         "tokenizer": {
             "sha256": tokenizer.fingerprint,
@@ -90,132 +281,24 @@ def prepare(settings: PrepareConfig) -> Path:
         },
         "sources": sources,
     }
-    write_atomically(partial / "manifest.json", json.dumps(manifest, indent=2))
-    partial.rename(output)
-    sync_folder(output.parent)
-    return output
 
 
-def _key(settings: PrepareConfig, files: Files) -> str:
-    """A hash of the settings and of every file's path, size and time of change."""
-    stats = [(name, str(path), path.stat()) for name, paths in files.items() for path in paths]
-    facts = [[name, path, stat.st_size, stat.st_mtime_ns] for name, path, stat in stats]
-    inputs = [__version__, to_dict(settings) | {"output": None}, facts]
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _read(title: str, settings: PrepareConfig, files: Files, skip: Callable[[str, str], None]) -> Iterator[tuple[str, str]]:
-    """The (source, text) of every document. A bad one is refused, or its reason goes to `skip(source, reason)`."""
-
-    def on_bad(reason: str) -> None:
-        if settings.on_bad_document == "error":
-            advice = "Mend it, or set on_bad_document: skip to leave such documents out and count them."
-            raise ConfigError(f"{reason}. {advice}")
-        skip(name, reason)
-
-    done = documents = 0
-    with progress(title, sum(path.stat().st_size for paths in files.values() for path in paths)) as show:
-        for name, paths in files.items():
-            for path in paths:
-                for text in read_documents(path, settings.sources[name], on_bad):
-                    documents += 1
-                    yield name, text
-                done += path.stat().st_size
-                show(done, f"{documents:,} documents")
-
-
-def _tokenizer(settings: PrepareConfig, files: Files) -> Tokenizer:
-    wanted = settings.tokenizer
-    if wanted.path is not None:
-        return Tokenizer.load(Path(wanted.path).expanduser())
-    texts = _training_texts(settings, files)
-    first = next(texts, None)
-    if first is None:
-        raise ConfigError("tokenizer: there is no training text to learn it from. Add documents or lower validation_share")
-    return Tokenizer.train(chain([first], texts), wanted.vocab_size)
-
-
-def _training_texts(settings: PrepareConfig, files: Files) -> Iterator[str]:
-    """Training documents up to `train_bytes`; the last is cut: one book may be longer than the limit."""
-    left = settings.tokenizer.train_bytes
-    for _, text in _read("tokenizer: reading", settings, files, skip=lambda name, reason: None):
-        if not is_held_out(text, settings.validation_share):
-            content = text.encode()[:left]
-            yield content.decode(errors="ignore")
-            left -= len(content)
-            if not left:
-                return
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a document belongs to the held-out set: a property of its text alone, the same in every run."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
-
-
-class _Split:
-    """The training or the held-out half of a source: shard after shard, and `facts`, its entry of the manifest."""
-
-    def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
-        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
-        self.writer: ShardWriter | None = None
-        self.facts: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "shards": 0, "sha256": []}
-
-    def add(self, text: str, ids: NDArray[Any]) -> None:
-        if self.writer is None:
-            self.writer = ShardWriter(self.folder / f"{self.facts['shards']:05d}", self.dtype)
-        self.writer.add([ids])
-        for name, count in (("documents", 1), ("tokens", len(ids)), ("bytes", len(text.encode()))):
-            self.facts[name] += count
-        if self.writer.num_tokens >= self.shard_tokens:
-            self.close()
-
-    def close(self) -> None:
-        """End the shard that is being written, if there is one."""
-        if self.writer is not None:
-            self.facts["sha256"].append(self.writer.commit())
-            self.facts["shards"] += 1
-            self.writer = None
-
-
-def _write_shards(settings: PrepareConfig, files: Files, tokenizer: Tokenizer, root: Path) -> dict[str, dict[str, Any]]:
-    """Every document into a shard under `root`; returns what each source has become, for the manifest."""
-    entries: dict[str, dict[str, Any]] = {name: {"skipped": 0, "first_skipped": []} for name in files}
-    dtype = token_dtype(tokenizer.vocab_size)
-
-    def skip(name: str, reason: str) -> None:
-        entries[name]["skipped"] += 1
-        entries[name]["first_skipped"] = [*entries[name]["first_skipped"], reason][:10]
-
-    places = [(name, split) for name in files for split in ("train", "validation")]
-    splits = {(name, split): _Split(root / split / name, dtype, settings.shard_tokens) for name, split in places}
-    try:
-        for batch in _batches(_read("tokens", settings, files, skip)):
-            encoded = tokenizer.encode([text for _, text in batch], settings.add_bos, settings.add_eos)
-            for (name, text), ids in zip(batch, encoded, strict=True):
-                splits[name, "validation" if is_held_out(text, settings.validation_share) else "train"].add(text, ids)
-    finally:
-        for (name, split), written in splits.items():
-            written.close()
-            entries[name][split] = written.facts
-    for name, entry in entries.items():
-        if not entry["train"]["tokens"]:
-            found = f"{len(files[name])} file(s), {entry['validation']['documents']} document(s) were held out"
-            advice = "Add documents, lower validation_share, or cut the text with documents: paragraph"
-            raise ConfigError(f"sources.{name}: no training tokens came out of {found}. {advice}")
-    return entries
-
-
-def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Lists of documents, of about BATCH_CHARACTERS each: the tokenizer works on many at once."""
-    batch, characters = list[tuple[str, str]](), 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document[1])
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    yield batch
+def _sweep(root: Path, manifest: dict[str, Any], units: set[str]) -> None:
+    """Remove what an earlier state of the sources, or a killed attempt, left behind."""
+    kept = {root / "units" / f"{unit}.json" for unit in units} | {root / "units" / ".lock", root / "units" / "tokenizer"}
+    for name, entry in manifest["sources"].items():
+        for split in SPLITS:
+            places = [root / split / name / shard["name"] for shard in entry[split]["shards"]]
+            kept |= {Path(f"{place}.{kind}") for place in places for kind in ("bin", "idx")}
+    for folder in ("units", *SPLITS):
+        for path in sorted((root / folder).rglob("*"), reverse=True):  # what is in a folder before the folder
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path not in kept:
+                path.unlink()
+    for path in root.glob(".*.partial"):
+        path.unlink()
 
 
 def report(output: Path) -> None:
@@ -223,9 +306,32 @@ def report(output: Path) -> None:
     manifest = Dataset(output).manifest
     print(f"{output}: tokenizer of {manifest['tokenizer']['vocab_size']:,} tokens")
     for name, entry in manifest["sources"].items():
-        for split in ("train", "validation"):
+        for split in SPLITS:
             c = entry[split]
             ratio = f", {c['bytes'] / c['tokens']:.2f} bytes per token" if c["tokens"] else ""
-            print(f"  {name} {split}: {c['documents']:,} documents, {c['tokens']:,} tokens in {c['shards']} shard(s){ratio}")
+            counts = f"{c['documents']:,} documents, {c['tokens']:,} tokens in {len(c['shards'])} shard(s)"
+            print(f"  {name} {split}: {counts}{ratio}")
         if entry["skipped"]:
             print(f"  {name}: {entry['skipped']:,} bad document(s) skipped, the first: {entry['first_skipped'][0]}")
+        _describe(Dataset(output), name, entry["train"])
+
+
+def _describe(dataset: Dataset, name: str, facts: dict[str, Any]) -> None:
+    """Lengths, what looks like garbage, and some documents as they will be seen in training."""
+    most = max(facts["lengths"])
+    for power, count in enumerate(facts["lengths"]):
+        if count:
+            print(f"    {f'< {2**power:,} tokens':>18} {count:12,} {'#' * -(-40 * count // most)}")
+    examined, lines = facts["examined"], max(1, facts["lines"])
+    if facts["repeated_lines"] > 0.2 * lines:
+        share = f"{facts['repeated_lines'] / lines:.0%}"
+        print(f"    warning: {share} of the lines of {examined} documents repeat an earlier line of their document")
+    if facts["one_character"]:
+        print(f"    warning: {facts['one_character']} of {examined} documents are mostly one character")
+    tokenizer, shards = Tokenizer.load(dataset.root / "tokenizer.json"), dataset.shards("train", name)
+    for number in np.linspace(0, sum(shard.num_tokens for shard in shards), 10, endpoint=False).astype(int).tolist():
+        for shard in shards:
+            if number < shard.num_tokens:
+                print(f"    | {json.dumps(tokenizer.decode(shard.read(number, 24).tolist()), ensure_ascii=False)}")
+                break
+            number -= shard.num_tokens

@@ -1,12 +1,14 @@
-"""Documents out of files: plain text and JSON lines, plain or compressed (.gz, .zst).
+"""Documents out of files: plain text, JSON lines and CSV, plain or compressed (.gz, .zst), Parquet and Arrow.
 
 What it refuses to know: tokens. A message names the file and line of what cannot be read.
 """
 
+import csv
 import glob
 import gzip
 import io
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +21,11 @@ from franca.core.config import config
 from franca.core.errors import ConfigError
 
 FIELDS = ("text", "content")
+SUFFIXES = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys((".parquet", ".arrow", ".feather", ".ipc"), "arrow"),
+}
 # What files and compressed streams raise for bytes that are not what they should be, an end in the middle among them.
 UNREADABLE = (OSError, EOFError, zlib.error, zstd.ZstdError)
 
@@ -28,13 +35,16 @@ class CorpusConfig:
     """One corpus. `paths` are globs (`**` for any depth); `documents` says where plain text is cut into documents."""
 
     paths: tuple[str, ...]
+    hub: str | None = None  # `owner/name` of a Hugging Face dataset: `paths` are then patterns of its files
+    revision: str = "main"
     exclude: tuple[str, ...] = ()
-    format: Literal["auto", "text", "jsonl"] = "auto"
-    field: str | None = None  # of a JSON line; None: `text`, else `content`
+    format: Literal["auto", "text", "jsonl", "csv", "arrow"] = "auto"  # auto: by the name's ending
+    field: str | None = None  # of a JSON line, or the column; None: `text`, else `content`
     documents: Literal["file", "paragraph", "line"] = "file"
 
 
 OnBad = Callable[[str], None]
+Fields = tuple[str, ...]
 
 
 def list_files(name: str, corpus: CorpusConfig) -> list[Path]:
@@ -60,23 +70,23 @@ def read_documents(path: Path, corpus: CorpusConfig, on_bad: OnBad) -> Iterator[
         on_bad(f"{path}: is an empty file")
         return
     unpacked = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
-    named_lines = corpus.format == "auto" and unpacked.suffix in (".jsonl", ".ndjson", ".json")
-    if named_lines or corpus.format == "jsonl":
-        yield from _read_json_lines(path, corpus.field, on_bad)
-    else:
+    kind = corpus.format if corpus.format != "auto" else SUFFIXES.get(unpacked.suffix, "text")
+    fields = FIELDS if corpus.field is None else (corpus.field,)
+    if kind == "text":
         yield from _read_text(path, corpus.documents, on_bad)
+    else:
+        yield from {"jsonl": _read_json_lines, "csv": _read_csv}.get(kind, _read_arrow)(path, fields, on_bad)
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> IO[bytes]:
     openers: dict[str, Any] = {".gz": gzip.open, ".zst": zstd.open}
     return cast(IO[bytes], openers.get(path.suffix, open)(path, "rb"))
 
 
-def _read_json_lines(path: Path, field: str | None, on_bad: OnBad) -> Iterator[str]:
-    fields = FIELDS if field is None else (field,)
+def _read_json_lines(path: Path, fields: Fields, on_bad: OnBad) -> Iterator[str]:
     number = 0
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -90,28 +100,87 @@ def _read_json_lines(path: Path, field: str | None, on_bad: OnBad) -> Iterator[s
                 if isinstance(text, str):
                     yield text
                 else:
-                    on_bad(f"{place}: has no text under {' or '.join(map(repr, fields))}")
+                    on_bad(f"{place}: has no text under {_named(fields)}")
     except UNREADABLE as error:
         on_bad(f"{path}: cannot be read past line {number} ({error}): truncated or not compressed as its name says")
 
 
+def _named(fields: Fields) -> str:
+    return " or ".join(map(repr, fields))
+
+
+def _read_csv(path: Path, fields: Fields, on_bad: OnBad) -> Iterator[str]:
+    """The named column of comma- or (.tsv) tab-separated values with a line of names at the top."""
+    csv.field_size_limit(sys.maxsize)
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    rows = None
+    try:
+        with open_file(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+            rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+            column = next((name for name in fields if name in (rows.fieldnames or ())), None)
+            if column is None:
+                on_bad(f"{path}: has no column {_named(fields)}, only {', '.join(rows.fieldnames or ())}")
+                return
+            for row in rows:
+                if row[column] is None:
+                    on_bad(f"{path}:{rows.line_num}: has no text in column {column!r}")
+                else:
+                    yield row[column]
+    except (*UNREADABLE, UnicodeDecodeError, csv.Error) as error:
+        on_bad(f"{path}: cannot be read past line {rows.line_num if rows else 0} ({error})")
+
+
+def _read_arrow(path: Path, fields: Fields, on_bad: OnBad) -> Iterator[str]:
+    """The named column of a Parquet file, or of an Arrow file or stream; no other column is read."""
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        from pyarrow import parquet  # type: ignore[import-untyped]
+    except ImportError:
+        raise ConfigError(f"{path}: Parquet and Arrow files need pyarrow; run: pip install 'franca[data]'") from None
+    number = 0
+    try:
+        with pyarrow.OSFile(str(path)) as file:
+            if path.suffix == ".parquet":
+                table: Any = parquet.ParquetFile(file)
+                names, batches = table.schema_arrow.names, lambda name: table.iter_batches(1024, columns=[name])
+            else:
+                magic = file.read(6)
+                file.seek(0)
+                table = pyarrow.ipc.open_file(file) if magic == b"ARROW1" else pyarrow.ipc.open_stream(file)
+                names, batches = table.schema.names, lambda name: _arrow_batches(table)
+            column = next((name for name in fields if name in names), None)
+            if column is None:
+                on_bad(f"{path}: has no column {_named(fields)}, only {', '.join(names)}")
+                return
+            for batch in batches(column):
+                for place, text in enumerate(batch.column(column).to_pylist(), number + 1):
+                    if isinstance(text, str):
+                        yield text
+                    else:
+                        on_bad(f"{path}: row {place} has no text in column {column!r}")
+                number += len(batch)
+    except (OSError, pyarrow.ArrowException) as error:
+        on_bad(f"{path}: cannot be read past row {number} ({error})")
+
+
+def _arrow_batches(table: Any) -> Iterator[Any]:
+    yield from (table.get_batch(i) for i in range(table.num_record_batches)) if hasattr(table, "get_batch") else table
+
+
 def _read_text(path: Path, documents: str, on_bad: OnBad) -> Iterator[str]:
     try:
-        with _open(path) as file:
-            text = file.read().decode("utf-8")
+        # Lines as editors count them, ends kept; `splitlines` would also cut at form feeds and at U+2028.
+        with open_file(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="\n") as text:
+            if documents == "file":
+                yield text.read()
+            elif documents == "line":
+                yield from filter(str.strip, text)
+            else:
+                yield from _paragraphs(text)
     except UnicodeDecodeError as error:
-        on_bad(f"{path}: is not UTF-8 text (byte {error.start})")
-        return
+        on_bad(f"{path}: is not UTF-8 text ({error.object[error.start :][:1]!r}: {error.reason})")
     except UNREADABLE as error:
         on_bad(f"{path}: cannot be read ({error})")
-        return
-    lines = io.StringIO(text)  # as editors count them, ends kept; `splitlines` would also cut at form feeds and at U+2028
-    if documents == "file":
-        yield text
-    elif documents == "line":
-        yield from filter(str.strip, lines)
-    else:
-        yield from _paragraphs(lines)
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:

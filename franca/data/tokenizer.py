@@ -4,8 +4,10 @@ A literal special token in a document is text, never the special token. What it 
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from franca.core.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
+# Where backends have differed: special tokens written out, white space, what is no letter.
+_TRAPS = (f"a{END_OF_TEXT}b {END_OF_TEXT}", "<|begin_of_text|><s></s>[EOS]", " \t\n\r\n  x  ", "e\u0301 \ufeff\u200d語🎈\x00")
 _EOS_NAMES = ("<|end_of_text|>", END_OF_TEXT, "</s>", "<eos>", "[EOS]")
 
 
@@ -29,16 +33,25 @@ class Tokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.backend.encode_special_tokens = True  # special-token text inside a document stays text
+        self.fast: Any = None
         self.bos, self.eos = self._first_of(_BOS_NAMES), self._first_of(_EOS_NAMES)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         try:
-            return cls(Backend.from_str(path.read_text(encoding="utf-8")))
+            return cls.parse(path.read_text(encoding="utf-8"), str(path))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}). Give the path of a tokenizer.json.") from None
-        except Exception as error:  # tokenizers raises plain Exception
+        except UnicodeDecodeError as error:
             raise ConfigError(f"{path}: is not a tokenizer.json ({error})") from None
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> "Tokenizer":
+        """A tokenizer from the text of a `tokenizer.json`; `where` names it in messages."""
+        try:
+            return cls(Backend.from_str(text))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ConfigError(f"{where}: is not a tokenizer.json ({error})") from None
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> "Tokenizer":
@@ -77,12 +90,62 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[NDArray[np.int64]]:
         """Token ids of each text; an empty text has none, whatever `bos` and `eos` say."""
+        ids, lengths = self.encode_flat(texts, bos, eos)
+        return np.split(ids, np.cumsum(lengths)[:-1]) if len(texts) else []
+
+    def encode_flat(
+        self, texts: Sequence[str], bos: bool = False, eos: bool = False
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The same back to back: the ids of all texts, and how many each text has."""
         for name, wanted, token in (("bos", bos, self.bos), ("eos", eos, self.eos)):
             if wanted and token is None:
                 raise ConfigError(f"this tokenizer has no {name.upper()} token; set add_{name}: false")
-        head, tail = [self.bos] if bos else [], [self.eos] if eos else []
-        encodings: list[Any] = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array([*head, *e.ids, *tail] if e.ids else [], np.int64) for e in encodings]
+        if self.fast is not None:
+            content, bounds = self.fast.encode_batch_flat(list(texts), split_special_tokens=True)
+            ids = np.frombuffer(content, np.uint32).astype(np.int64)
+            ends = np.frombuffer(bounds, np.uint64).astype(np.int64)
+            lengths = ends[1:] - ends[:-1]
+        else:
+            encodings: list[Any] = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            lists = [encoding.ids for encoding in encodings]
+            lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+            ids = np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum()))
+        return (ids, lengths) if not (bos or eos) else self._framed(ids, lengths, bos, eos)
+
+    def _framed(
+        self, ids: NDArray[np.int64], lengths: NDArray[np.int64], bos: bool, eos: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """BOS before and EOS after every text that has tokens."""
+        framed = lengths + (bos + eos) * (lengths > 0)
+        ends = framed.cumsum()
+        shift = (ends - framed) - (lengths.cumsum() - lengths) + bos
+        result = np.empty(framed.sum(), np.int64)
+        result[np.arange(len(ids)) + np.repeat(shift, lengths)] = ids
+        if bos:
+            result[(ends - framed)[lengths > 0]] = self.bos
+        if eos:
+            result[ends[lengths > 0] - 1] = self.eos
+        return result, framed
+
+    def accelerate(self, sample: Sequence[str]) -> bool:
+        """Encode with fastokens from now on if it is installed and has the same ids for `sample`; says whether."""
+        self.fast = None
+        try:
+            from fastokens import Tokenizer as Fast  # type: ignore[import-untyped]
+        except ImportError:
+            return False
+        expected = self.encode_flat([*sample, *_TRAPS])
+        try:
+            self.fast = Fast.from_json_str(self.json)
+            found = self.encode_flat([*sample, *_TRAPS])
+        except Exception as error:  # a tokenizer that it does not know
+            found, reason = None, str(error)
+        else:
+            reason = "it gives other ids"
+        if found is None or not all(map(np.array_equal, expected, found)):
+            self.fast = None
+            print(f"warning: fastokens is not used for this tokenizer ({reason})", file=sys.stderr, flush=True)
+        return self.fast is not None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens written out."""

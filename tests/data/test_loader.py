@@ -209,7 +209,8 @@ def make_dataset(write_shards, root, sources, sha256="one", vocab_size=300):
         for split, documents in zip(("train", "validation"), splits, strict=True):
             shards = write_shards(root / split / name, [documents]) if documents else []
             hashes = [hashlib.sha256(s.bin_path.read_bytes() + s.idx_path.read_bytes()).hexdigest() for s in shards]
-            entries[name][split] = {"shards": len(shards), "tokens": sum(map(len, documents)), "sha256": hashes}
+            facts = [{"name": s.prefix.name, "tokens": s.num_tokens, "sha256": h} for s, h in zip(shards, hashes, strict=True)]
+            entries[name][split] = {"shards": facts, "tokens": sum(map(len, documents))}
     tokenizer = {"sha256": sha256, "vocab_size": vocab_size, "bos": None, "eos": 7}
     manifest = {"tokenizer": tokenizer, "sources": entries}
     (root / "manifest.json").write_text(json.dumps(manifest))

@@ -1,51 +1,24 @@
 """Text to a dataset folder and back, whole or not at all."""
 
+import fcntl
 import gzip
 import hashlib
 import itertools
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from backports import zstd
+from preparing import TEXTS, contents, is_whole, write_lines
 
 from franca.core.config import check, to_dict
 from franca.core.errors import ConfigError
-from franca.data import prepare as module
+from franca.data import tokenize
 from franca.data.indexed import Dataset, Shard
 from franca.data.prepare import PrepareConfig, TokenizerConfig, is_held_out, main, prepare
 from franca.data.sources import CorpusConfig
-from franca.data.tokenizer import END_OF_TEXT, Tokenizer
-
-WORDS = Path(json.__file__).read_text(encoding="utf-8").split()
-ODD = ["語 ünï\r\n\tcode 🎈", f"a literal {END_OF_TEXT} in the middle", "\ufeffmark", "x", "e\u0301"]
-TEXTS = [*ODD, *(f"{number}: " + " ".join(WORDS[number * 3 : number * 3 + 12]) for number in range(195))]
-
-
-@pytest.fixture(scope="session")
-def tokenizer_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(Tokenizer.train(iter(TEXTS), 300).json, encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def make(tmp_path, tokenizer_path):
-    """`make(pattern, output="out", **settings)`: the settings of a small preparation of the files in tmp_path."""
-
-    def settings(*patterns, output="out", corpus=None, **changes):
-        paths = tuple(str(tmp_path / pattern) for pattern in patterns)
-        values = {"tokenizer": TokenizerConfig(path=str(tokenizer_path)), "validation_share": 0.2} | changes
-        sources = {"mine": CorpusConfig(paths=paths, **(corpus or {}))}
-        return PrepareConfig(output=str(tmp_path / output), **({"sources": sources} | values))
-
-    return settings
-
-
-def write_lines(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+from franca.data.tokenizer import Tokenizer
 
 
 def read_back(root, split, source="mine"):
@@ -80,10 +53,13 @@ def test_small_shards_hold_the_same_documents(tmp_path, make, shard_tokens):
     assert read_back(root, "train") == [text for text in texts if not is_held_out(text, 0.2)]
     for split in ("train", "validation"):
         shards = Dataset(root).shards(split, "mine")
-        assert len(shards) == entry[split]["shards"] == len(list((root / split / "mine").glob("*.idx")))
+        names = [shard["name"] for shard in entry[split]["shards"]]
+        assert names == [shard.prefix.name for shard in shards]
+        assert sorted(names) == names == sorted(path.stem for path in (root / split / "mine").glob("*.idx"))
+        assert [shard["tokens"] for shard in entry[split]["shards"]] == [shard.num_tokens for shard in shards]
         assert all(shard.num_tokens >= shard_tokens for shard in shards[:-1])
         assert all(shard.boundaries(0, shard.num_tokens)[-1] < shard_tokens for shard in shards)  # ends with its last document
-    assert (entry["train"]["shards"] == 1) == (shard_tokens == 10**9)
+    assert (len(entry["train"]["shards"]) == 1) == (shard_tokens == 10**9)
 
 
 def shard_hash(prefix):
@@ -97,16 +73,22 @@ def test_the_manifest_counts_what_is_there(tmp_path, make, tokenizer_path):
     root = prepare(make("*.jsonl"))
     manifest = Dataset(root).manifest
     tokenizer = Tokenizer.load(tokenizer_path)
+    (record,) = (root / "units").glob("*.json")
     for split, chosen in (("train", False), ("validation", True)):
         texts = [text for text in TEXTS if is_held_out(text, 0.2) == chosen]
-        assert manifest["sources"]["mine"][split] == {
+        sizes = [len(ids) for ids in tokenizer.encode(texts, eos=True)]
+        powers = [sum(2**n // 2 <= size < 2**n for size in sizes) for n in range(max(sizes).bit_length() + 1)]
+        found = manifest["sources"]["mine"][split]
+        name = f"{record.stem}-000"
+        assert found["shards"] == [{"name": name, "tokens": sum(sizes), "sha256": shard_hash(root / split / "mine" / name)}]
+        expected = {
             "documents": len(texts),
-            "tokens": sum(map(len, tokenizer.encode(texts, eos=True))),
+            "tokens": sum(sizes),
             "bytes": sum(len(text.encode()) for text in texts),
-            "shards": 1,
-            "sha256": [shard_hash(root / split / "mine" / "00000")],
+            "lengths": powers,
         }
-    assert manifest["sources"]["mine"]["skipped"] == 0
+        assert {key: found[key] for key in expected} == expected
+    assert (manifest["sources"]["mine"]["skipped"], manifest["sources"]["mine"]["first_skipped"]) == (0, [])
     facts = {"sha256": tokenizer.fingerprint, "vocab_size": 300, "bos": None, "eos": tokenizer.eos}
     assert manifest["tokenizer"] == facts
     assert Dataset(root).shards("train", "mine")[0].dtype == np.uint16
@@ -120,18 +102,16 @@ def test_plain_gzip_and_zstandard_files_give_the_same_shards(tmp_path, make):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data))
     (tmp_path / "c.jsonl.zst").write_bytes(compress(data[:999]) + compress(data[999:]))
     roots = [prepare(make(name, output=f"out-{name}")) for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")]
-    for suffix in (".bin", ".idx"):
-        contents = {(root / "train" / "mine" / f"00000{suffix}").read_bytes() for root in roots}
-        assert len(contents) == 1
+    for kind in ("bin", "idx"):
+        found = {next((root / "train" / "mine").glob(f"*-000.{kind}")).read_bytes() for root in roots}
+        assert len(found) == 1
 
 
 def test_batches_of_the_tokenizer_leave_no_trace(tmp_path, make, monkeypatch):
     write_lines(tmp_path / "a.jsonl", TEXTS)
     whole = prepare(make("*.jsonl", output="whole"))
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 100)
-    parts = prepare(make("*.jsonl", output="parts"))
-    for name in ("train/mine/00000.bin", "train/mine/00000.idx", "validation/mine/00000.bin"):
-        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 100)
+    assert contents(prepare(make("*.jsonl", output="parts"))) == contents(whole)
 
 
 def test_the_held_out_set_depends_on_no_order_and_no_other_file(tmp_path, make):
@@ -186,27 +166,24 @@ def test_a_bad_document_stops_the_preparation_and_leaves_no_dataset(tmp_path, ma
     message = rf"a\.jsonl:{len(TEXTS) + 1}: is not JSON .*set on_bad_document: skip"
     with pytest.raises(ConfigError, match=message):
         prepare(make("*.jsonl", shard_tokens=100))
-    assert not (tmp_path / "out").exists()
+    assert not is_whole(tmp_path / "out")
     for tokenizer in (TokenizerConfig(vocab_size=300), TokenizerConfig(path="none.json")):
         with pytest.raises(ConfigError, match=r"is not JSON|cannot be read"):
             prepare(make("*.jsonl", tokenizer=tokenizer))
-        assert not (tmp_path / "out").exists()
+        assert not is_whole(tmp_path / "out")
 
 
-def test_after_a_failure_the_next_attempt_starts_anew(tmp_path, make, monkeypatch):
+def test_after_a_failure_the_next_attempt_leaves_nothing_of_it(tmp_path, make, monkeypatch):
     write_lines(tmp_path / "a.jsonl", TEXTS)
     whole = prepare(make("*.jsonl", output="whole"))
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 500)
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write("not json\n")
     with pytest.raises(ConfigError):
         prepare(make("*.jsonl", shard_tokens=1000))
-    assert list((tmp_path / "out.partial").rglob("*.idx"))  # it had begun
+    assert list((tmp_path / "out" / "units").rglob("*.idx"))  # it had begun
     write_lines(tmp_path / "a.jsonl", TEXTS)
-    root = prepare(make("*.jsonl"))
-    assert not (tmp_path / "out.partial").exists()
-    listed = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (whole, root)]
-    assert listed[0] == listed[1]
+    assert contents(prepare(make("*.jsonl"))) == contents(whole)
 
 
 def spoil(tmp_path):
@@ -237,39 +214,70 @@ def test_each_kind_of_bad_file_is_refused_without_skip(tmp_path, make, name, mes
     spoil(tmp_path)
     with pytest.raises(ConfigError, match=message):
         prepare(make(name))
-    assert not (tmp_path / "out").exists()
+    assert not is_whole(tmp_path / "out")
 
 
-def test_a_second_run_finds_it_prepared(tmp_path, make, capsys):
+def times(root):
+    """The inode and the time of change of every file below `root` that no run should touch without a reason."""
+    files = [path for pattern in ("train/**/*", "validation/**/*", "units/*.json") for path in root.glob(pattern)]
+    return {str(path.relative_to(root)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files if path.is_file()}
+
+
+@pytest.mark.parametrize("tokenizer", [None, TokenizerConfig(vocab_size=300)], ids=["given", "trained"])
+def test_a_second_run_finds_it_prepared(tmp_path, make, capsys, tokenizer):
     write_lines(tmp_path / "a.jsonl", TEXTS)
-    root = prepare(make("*.jsonl"))
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    settings = make("*.jsonl", **({"tokenizer": tokenizer} if tokenizer else {}))
+    root = prepare(settings)
+    before, content = times(root), {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert prepare(make("*.jsonl")) == root
+    assert prepare(settings) == root
     assert "is already prepared from the same files and settings" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+    assert times(root) == before
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == content
 
 
 @pytest.mark.parametrize(
-    "change", [{"validation_share": 0.3}, {"add_eos": False}, {"shard_tokens": 9}, {"corpus": {"field": "text"}}]
+    "change",
+    [
+        {"validation_share": 0.3},
+        {"add_eos": False},
+        {"shard_tokens": 400},
+        {"corpus": {"field": "text"}},
+        {"on_bad_document": "skip"},
+        {"tokenizer": TokenizerConfig(vocab_size=320)},
+    ],
+    ids=lambda change: next(iter(change)),
 )
-def test_other_settings_with_the_same_output_are_refused(tmp_path, make, change):
+def test_other_settings_with_the_same_output_make_it_anew(tmp_path, make, change):
     write_lines(tmp_path / "a.jsonl", TEXTS)
-    manifest = prepare(make("*.jsonl")) / "manifest.json"
-    before = manifest.read_bytes()
-    with pytest.raises(ConfigError, match="out: exists and was not made from these files and settings"):
-        prepare(make("*.jsonl", **change))
-    assert manifest.read_bytes() == before
+    before = contents(prepare(make("*.jsonl")))
+    fresh = prepare(make("*.jsonl", output="fresh", **change))
+    root = prepare(make("*.jsonl", **change))
+    assert contents(root) == contents(fresh) != before
+    assert is_whole(root)
 
 
-def test_other_files_or_a_foreign_folder_at_the_output_are_refused(tmp_path, make):
+def test_a_foreign_folder_or_file_at_the_output_is_refused(tmp_path, make):
     write_lines(tmp_path / "a.jsonl", TEXTS)
-    prepare(make("*.jsonl"))
-    write_lines(tmp_path / "b.jsonl", TEXTS)
-    (tmp_path / "foreign").mkdir()
-    for output in ("out", "foreign"):
-        with pytest.raises(ConfigError, match="exists and was not made from these files and settings"):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "manifest.json").write_text("{}")
+    (tmp_path / "file").touch()
+    for output in ("full", "file"):
+        with pytest.raises(ConfigError, match=f"{output}: exists and is no dataset of franca"):
             prepare(make("*.jsonl", output=output))
+    assert {path.name for path in tmp_path.rglob("*")} == {"a.jsonl", "full", "manifest.json", "file"}
+
+
+def test_two_preparations_of_one_output_at_a_time_are_refused(tmp_path, make):
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    root = prepare(make("*.jsonl"))
+    before = contents(root)
+    with open(root / "units" / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="out: another process is preparing it"):
+            prepare(make("*.jsonl", add_eos=False))
+        assert contents(root) == before
+    prepare(make("*.jsonl", add_eos=False))
 
 
 def test_a_tokenizer_is_trained_on_the_training_documents_only(tmp_path, make):
@@ -299,7 +307,7 @@ def test_where_everything_is_held_out_there_is_nothing_to_learn_or_train_on(tmp_
         ConfigError, match=rf"no training tokens came out of 1 file\(s\), {len(held_out)} document\(s\) were held"
     ):
         prepare(make("*.jsonl"))
-    assert not (tmp_path / "out").exists()
+    assert not is_whole(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -326,7 +334,7 @@ def test_settings_that_make_no_dataset_are_refused(tmp_path, make, change, messa
     write_lines(tmp_path / "a.jsonl", TEXTS)
     with pytest.raises(ConfigError, match=message):
         prepare(check(PrepareConfig, to_dict(make("a.jsonl", **change)), "data.yaml"))
-    assert not (tmp_path / "out").exists()
+    assert not is_whole(tmp_path / "out")
 
 
 def test_a_pattern_without_a_file_is_refused(tmp_path, make):

@@ -1,13 +1,17 @@
 """Documents out of files, whole or refused with the place."""
 
+import csv
 import gzip
 import itertools
 import json
+import sys
 
+import pyarrow
 import pytest
 from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from franca.core.errors import ConfigError
 from franca.data.sources import CorpusConfig, list_files, read_documents
@@ -109,7 +113,7 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path):
     text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_bytes(b"abc\xff")
     lines.write_bytes(b'{"text": "abc\xff"}\n')
-    assert read(text) == ([], [f"{text}: is not UTF-8 text (byte 3)"])
+    assert read(text) == ([], [f"{text}: is not UTF-8 text (b'\\xff': invalid start byte)"])
     assert read(lines)[1][0].startswith(f"{lines}:1: is not JSON")
 
 
@@ -214,3 +218,64 @@ def test_a_pattern_without_a_file_is_refused(tmp_path):
         list_names(tmp_path, "a.txt", "*.md")
     with pytest.raises(ConfigError, match=r"sources\.mine: `exclude` leaves no file"):
         list_names(tmp_path, "a.txt", exclude=["*"])
+
+
+def write_tables(folder, columns):
+    """One table in every kind of file that holds columns."""
+    table = pyarrow.table(columns)
+    parquet.write_table(table, folder / "a.parquet", row_group_size=2)
+    for name, writer in (("a.arrow", pyarrow.ipc.new_file), ("b.arrow", pyarrow.ipc.new_stream)):
+        with writer(str(folder / name), table.schema) as file:
+            file.write_table(table, max_chunksize=2)
+    rows = list(zip(*columns.values(), strict=True))
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter=delimiter)
+            writer.writerows([list(columns), *rows])
+    with gzip.open(folder / "b.csv.gz", "wb") as file:
+        file.write((folder / "a.csv").read_bytes())
+    return sorted(path for path in folder.iterdir() if path.name.startswith(("a.", "b.")))
+
+
+TABLE = {"id": ["1", "2", "3"], "content": ['one, "quoted"', "two\nlines\t語", ""], "body": ["x", "y", "z"]}
+
+
+def test_the_column_of_every_kind_of_table_is_read(tmp_path):
+    paths = write_tables(tmp_path, TABLE)
+    assert len(paths) == 6
+    for path in paths:
+        assert read(path) == (TABLE["content"], []), path
+        assert read(path, field="body") == (TABLE["body"], []), path
+        assert read(path, field="none") == ([], [f"{path}: has no column 'none', only id, content, body"]), path
+
+
+def test_a_row_without_text_is_named(tmp_path):
+    table = pyarrow.table({"text": ["one", None, "three"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == (["one", "three"], [f"{tmp_path}/a.parquet: row 2 has no text in column 'text'"])
+    (tmp_path / "a.csv").write_text("id,text\n1,one\n2\n3,three\n")
+    assert read(tmp_path / "a.csv") == (["one", "three"], [f"{tmp_path}/a.csv:3: has no text in column 'text'"])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "b.arrow"])
+@pytest.mark.parametrize("kept", [0.1, 0.9])
+def test_a_truncated_table_is_a_bad_document(tmp_path, name, kept):
+    write_tables(tmp_path, {"text": [f"document {number}" for number in range(500)]})
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: int(kept * len(content))])
+    documents, reasons = read(tmp_path / name)
+    assert len(documents) < 500
+    assert len(reasons) == 1
+    assert f"{tmp_path}/{name}: cannot be read past row {len(documents)}" in reasons[0]
+
+
+def test_tables_without_pyarrow_name_the_extra(tmp_path, monkeypatch):
+    parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"pip install 'franca\[data\]'"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_column_of_one_large_text_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "x" * 1_000_000 + "\n")
+    assert [len(text) for text in read(tmp_path / "a.csv")[0]] == [1_000_000]

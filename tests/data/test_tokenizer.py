@@ -1,8 +1,11 @@
 """Text to ids and back without a changed byte; special tokens only where asked for."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,3 +116,121 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.json: cannot be read \(No such file or directory\)"):
         Tokenizer.load(tmp_path / "none.json")
+
+
+TRAPS = [
+    "",
+    END_OF_TEXT,
+    f"a{END_OF_TEXT}b",
+    "<s>x</s>",
+    "a\0b\0",
+    "\0",
+    "🎈👩‍👩‍👧 語 e\u0301 \ufeff",
+    " ",
+    "\r\n\t\n  x  ",
+    "\u2028\x85",
+    "x" * 3000,
+]
+CORPUS = [*TRAPS, *TEXT.splitlines(keepends=True), TEXT, *(TEXT[n : n + 77] for n in range(0, len(TEXT), 500)), ""]
+
+
+@PROPERTY
+@given(
+    texts=st.lists(st.one_of(st.just(""), st.sampled_from(TRAPS), st.text(max_size=20)), max_size=6),
+    bos=st.booleans(),
+    eos=st.booleans(),
+    fast=st.booleans(),
+)
+def test_texts_back_to_back_are_the_texts_one_by_one(tokenizer, texts, bos, eos, fast):
+    both = with_special(tokenizer, "<s>", "</s>")
+    if fast:
+        both.accelerate([])
+    ids, lengths = both.encode_flat(texts, bos, eos)
+    rows = [both.backend.encode(text, add_special_tokens=False).ids for text in texts]
+    expected = [[both.bos] * bos + row + [both.eos] * eos if row else [] for row in rows]
+    assert (ids.dtype, lengths.dtype) == (np.int64, np.int64)
+    assert lengths.tolist() == [len(row) for row in expected]
+    assert ids.tolist() == [token for row in expected for token in row]
+    assert [row.tolist() for row in both.encode(texts, bos, eos)] == expected
+
+
+@pytest.mark.parametrize("names", [(), ("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>", "x y")])
+def test_fastokens_has_the_same_ids(tokenizer, names, capsys):
+    fast = with_special(tokenizer, *names)
+    expected = fast.encode_flat(CORPUS, eos=True)
+    assert fast.accelerate(CORPUS[:20])
+    found = fast.encode_flat(CORPUS, eos=True)
+    assert fast.fast is not None
+    assert [part.tolist() for part in found] == [part.tolist() for part in expected]
+    assert fast.encode([]) == []
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ConfigError, match="has no BOS token"):
+        with_special(tokenizer, "</s>").encode_flat(["x"], bos=True)
+
+
+def fake(tokenizer, spoil):
+    """A module fastokens that has the ids of `tokenizer` but for what `spoil(ids)` does to those of its last text."""
+
+    class Fast:
+        @classmethod
+        def from_json_str(cls, text):
+            if text != tokenizer.json:
+                raise ValueError("model error: not this one")
+            return cls()
+
+        def encode_batch_flat(self, texts, split_special_tokens=False):
+            assert split_special_tokens
+            rows = [tokenizer.backend.encode(text, add_special_tokens=False).ids for text in texts]
+            rows[-1:] = [spoil(row) for row in rows[-1:]]
+            ends = np.cumsum([0, *map(len, rows)]).astype(np.uint64)
+            return np.array([token for row in rows for token in row], np.uint32).tobytes(), ends.tobytes()
+
+    return types.SimpleNamespace(Tokenizer=Fast)
+
+
+def fail(ids):
+    raise RuntimeError("cannot do it")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda ids: ids, None),
+        (lambda ids: [*ids[:-1], ids[-1] ^ 1], "it gives other ids"),
+        (lambda ids: ids[:-1], "it gives other ids"),
+        (lambda ids: [*ids, 1], "it gives other ids"),
+        (fail, "cannot do it"),
+    ],
+    ids=["right", "one other", "one less", "one more", "fails"],
+)
+def test_a_fast_tokenizer_is_used_only_where_it_is_right(tokenizer, monkeypatch, capsys, spoil, reason):
+    other = with_special(tokenizer)
+    expected = [part.tolist() for part in other.encode_flat(CORPUS)]
+    monkeypatch.setitem(sys.modules, "fastokens", fake(other, spoil))
+    assert other.accelerate(CORPUS) == (other.fast is not None) == (reason is None)
+    warning = f"warning: fastokens is not used for this tokenizer ({reason})\n"
+    assert capsys.readouterr().err == ("" if reason is None else warning)
+    assert [part.tolist() for part in other.encode_flat(CORPUS)] == expected
+
+
+def test_a_tokenizer_that_the_fast_one_does_not_know_is_encoded_as_before(tokenizer, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fastokens", fake(tokenizer, lambda ids: ids))
+    other = with_special(tokenizer, "<s>")
+    assert not other.accelerate(CORPUS)
+    assert "(model error: not this one)" in capsys.readouterr().err
+
+
+def test_without_fastokens_nothing_is_faster(tokenizer, monkeypatch, capsys):
+    other = with_special(tokenizer)
+    assert other.accelerate([])
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    assert not other.accelerate(CORPUS)
+    assert other.fast is None
+    assert capsys.readouterr().err == ""
+    assert other.encode_flat(["x"])[0].tolist() == tokenizer.encode_flat(["x"])[0].tolist()
+
+
+def test_a_tokenizer_from_its_text_is_the_one_from_its_file(tokenizer):
+    assert Tokenizer.parse(tokenizer.json, "here").fingerprint == tokenizer.fingerprint
+    with pytest.raises(ConfigError, match=r"^here: is not a tokenizer\.json"):
+        Tokenizer.parse("{}", "here")

@@ -4,6 +4,7 @@ import math
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from franca.checkpoint.store import Store
 from franca.core.errors import ConfigError
 from franca.core.run import RunFolder, read_records
 from franca.data.loader import IGNORE, Loader
+from franca.data.megatron import MegatronOrder
 from franca.models.base import Batch
 from franca.parallel.apply import init_weights
 from franca.parallel.world import World
@@ -297,3 +299,28 @@ def test_a_refused_configuration_does_not_become_the_runs_own(run_file) -> None:
         train(path, "data.seed=5")
     assert folder.config.read_text() == before
     assert list(read_records(folder.events))[-1]["reason"].startswith("ConfigError")
+
+
+def test_a_run_in_the_order_of_2021(run_file, records) -> None:
+    order = {"kind": "megatron-2021", "samples": 330, "split": "90,10,0"}
+    path = run_file("megatron", data={"order": order, "attention": "document"}, train={"length": "40 steps"})
+    assert train(path) == 0
+    resolved = resolve(read_config(path, []), 1)
+    order_of_run, shards = resolved.plan.order, resolved.plan.shards[0]
+    assert isinstance(order_of_run, MegatronOrder)
+    batch = loader_of(resolved).batch(3, 0, 1)
+    tokens = np.concatenate([shard.tokens for shard in shards])
+    spans = order_of_run.spans(np.arange(24, 32))
+    for row in range(8):
+        pieces = [range(s, s + c) for r, s, c in zip(spans.rows, spans.starts, spans.counts, strict=True) if r == row]
+        expected = np.concatenate([tokens[piece.start : piece.stop] for piece in pieces])
+        assert len(expected) == 33
+        assert batch.tokens_BT[row].tolist() == expected[:32].tolist()
+        assert batch.document_BT is not None
+        begins = np.flatnonzero(np.diff(batch.document_BT[row])) + 1
+        assert set(np.cumsum([len(piece) for piece in pieces])[:-1]) - {32} <= set(begins.tolist())
+    assert records(Path(read_config(path, []).run))[-1]["step"] == 40
+    with pytest.raises(ConfigError, match="was made for 330"):
+        resolve(read_config(path, ["train.length=42 steps"]), 1)
+    with pytest.raises(ConfigError, match="knows weights alone"):
+        resolve(read_config(path, ["data.temperature=2"]), 1)

@@ -1,0 +1,253 @@
+"""One unit of preparation: some input files -> documents -> tokens -> shards, committed by one record.
+
+A unit is done when `units/<id>.json` is there and its files are as they were. Its shards are written in a folder of its own
+and moved into place before that, so that a killed unit leaves nothing that anyone would read. What it refuses to know: other
+units, processes, manifests.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from franca.core.errors import ConfigError
+from franca.core.run import sync_folder, write_atomically
+from franca.data.indexed import ShardWriter, token_dtype
+from franca.data.sources import CorpusConfig, read_documents
+from franca.data.tokenizer import Tokenizer
+
+FORMAT = 1  # of what a unit writes: raised when the same input gives other bytes
+BATCH_CHARACTERS = 2_000_000
+GATE_CHARACTERS = 100_000  # of every unit, on which a fast tokenizer must agree with the reference
+EXAMINED = 64  # one document of so many is looked at for repetition
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What decides the tokens of every unit alike."""
+
+    tokenizer: str  # the fingerprint of the dataset's tokenizer.json
+    add_bos: bool
+    add_eos: bool
+    validation_share: float
+    shard_tokens: int
+    skip_bad: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some files of one source that are prepared together."""
+
+    source: str
+    corpus: CorpusConfig
+    files: tuple[Path, ...]
+    num_bytes: int
+
+    def id(self, policy: Policy) -> str:
+        """Names the unit's record and shards: the same files read in the same way."""
+        reading = [self.corpus.format, self.corpus.field, self.corpus.documents]
+        what = [FORMAT, self.source, list(map(str, self.files)), reading, repr(policy)]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document belongs to the held-out set: a property of its text alone, the same in every run."""
+    return _draw(text.encode()) < share * 2**64
+
+
+def _draw(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def committed(root: Path, unit: Unit, policy: Policy) -> dict[str, Any] | None:
+    """The record of a unit that is done and whose files are as they were: by size and time, or else by content."""
+    try:
+        record: dict[str, Any] = json.loads((root / "units" / f"{unit.id(policy)}.json").read_text())
+    except FileNotFoundError:
+        return None
+    for path, known in zip(unit.files, record["files"], strict=True):
+        if known["sha256"] is None or (known["stat"] != _stat(path) and known["sha256"] != _sha256(path)):
+            return None
+    shards = [root / split / unit.source / shard["name"] for split in SPLITS for shard in record[split]["shards"]]
+    return record if all(Path(f"{shard}.{kind}").is_file() for shard in shards for kind in ("bin", "idx")) else None
+
+
+def _stat(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # a bad document, which was skipped
+        return None
+
+
+def run(root: Path, unit: Unit, policy: Policy, tick: Callable[[int], None]) -> dict[str, Any]:
+    """Prepare a unit under `root` and commit it; returns its record. `tick` is told how many tokens are new, batch by batch.
+
+    Raises ConfigError for a bad document (unless they are skipped), or when a file changes while it is read.
+    """
+    name = unit.id(policy)
+    work = root / "units" / f"{name}.{os.getpid()}.partial"  # not shared with a worker of a killed attempt that still breathes
+    shutil.rmtree(work, ignore_errors=True)
+    tokenizer = _tokenizer(root / "tokenizer.json", policy.tokenizer)
+    stats = [_stat(path) for path in unit.files]
+    splits = {split: _Split(work / split, name, tokenizer.vocab_size, policy.shard_tokens) for split in SPLITS}
+    skipped: list[str] = []
+
+    def skip(reason: str) -> None:
+        if not policy.skip_bad:
+            raise ConfigError(f"{reason}. Mend it, or set on_bad_document: skip to leave such documents out and count them.")
+        skipped.append(reason)
+
+    texts = chain.from_iterable(read_documents(path, unit.corpus, skip) for path in unit.files)
+    try:
+        for number, batch in enumerate(_batches(texts)):
+            if number == 0:
+                tokenizer.accelerate(_sample(batch))
+            tick(_add(batch, tokenizer, policy, splits))
+        for written in splits.values():
+            written.close()
+    finally:
+        for written in splits.values():
+            written.abandon()
+    for path, stat in zip(unit.files, stats, strict=True):
+        if _stat(path) != stat:
+            raise ConfigError(f"{path}: has changed while it was read. Run the same command again when it is at rest.")
+    files = [{"path": str(p), "stat": s, "sha256": _sha256(p)} for p, s in zip(unit.files, stats, strict=True)]
+    facts = {split: written.facts for split, written in splits.items()}
+    record = {"source": unit.source, "files": files, "skipped": len(skipped), "first_skipped": skipped[:10], **facts}
+    (root / "units" / f"{name}.json").unlink(missing_ok=True)  # what it tells of is about to be replaced
+    for split in SPLITS:
+        _move(work / split, root / split / unit.source)
+    write_atomically(root / "units" / f"{name}.json", json.dumps(record))
+    shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path, fingerprint: str) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.fingerprint == fingerprint
+    return tokenizer
+
+
+def _sample(batch: list[str]) -> list[str]:
+    """Documents from all over a batch, cut so that they are few characters together."""
+    step = -(-len(batch) // 50)
+    some = batch[::step]
+    return [text[: GATE_CHARACTERS // len(some)] for text in some]
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Lists of documents of about BATCH_CHARACTERS: the tokenizer works on many at once."""
+    batch, characters = list[str](), 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _add(batch: list[str], tokenizer: Tokenizer, policy: Policy, splits: dict[str, "_Split"]) -> int:
+    """The documents of a batch, each to its split; returns how many tokens they have."""
+    contents = [text.encode(errors="surrogatepass") for text in batch]
+    draws = np.array([_draw(content) for content in contents], np.uint64)
+    held_out = draws < np.uint64(min(int(policy.validation_share * 2**64), 2**64 - 1))
+    ids, lengths = tokenizer.encode_flat(batch, policy.add_bos, policy.add_eos)
+    sizes = np.fromiter(map(len, contents), np.int64, len(contents))
+    for split, mine in (("train", ~held_out), ("validation", held_out)):
+        if mine.any():
+            of_split = ids if mine.all() else ids[np.repeat(mine, lengths)]
+            splits[split].add(of_split, lengths[mine], int(sizes[mine].sum()))
+    for text, draw in zip(batch, draws.tolist(), strict=True):
+        if draw % EXAMINED == 0:
+            splits["train"].examine(text)
+    return len(ids)
+
+
+class _Split:
+    """The training or the held-out half of a unit: shard after shard, and `facts`, its entry of the record."""
+
+    def __init__(self, folder: Path, name: str, vocab_size: int, shard_tokens: int) -> None:
+        self.folder, self.name, self.dtype, self.shard_tokens = folder, name, token_dtype(vocab_size), shard_tokens
+        self.writer: ShardWriter | None = None
+        names = ("documents", "tokens", "bytes", "examined", "lines", "repeated_lines", "one_character")
+        self.facts: dict[str, Any] = {**dict.fromkeys(names, 0), "lengths": [0] * 40, "shards": []}
+
+    def add(self, ids: NDArray[Any], lengths: NDArray[np.int64], num_bytes: int) -> None:
+        """Append documents: their tokens back to back, and how many each has."""
+        for name, count in (("documents", len(lengths)), ("tokens", len(ids)), ("bytes", num_bytes)):
+            self.facts[name] += count
+        powers = np.frexp(lengths.astype(np.float64))[1]  # [2^(n-1), 2^n) tokens: n
+        self.facts["lengths"] = (self.facts["lengths"] + np.bincount(powers, minlength=40)).tolist()
+        while len(lengths):
+            if self.writer is None:
+                self.writer = ShardWriter(self.folder / f"{self.name}-{len(self.facts['shards']):03d}", self.dtype)
+            ends = self.writer.num_tokens + np.cumsum(lengths)
+            count = min(int(np.searchsorted(ends, self.shard_tokens)) + 1, len(lengths))
+            tokens = int(lengths[:count].sum())
+            self.writer.add(ids[:tokens], lengths[:count])
+            ids, lengths = ids[tokens:], lengths[count:]
+            if self.writer.num_tokens >= self.shard_tokens:
+                self.close()
+
+    def examine(self, text: str) -> None:
+        """Count what a person should be warned of: repeated lines, documents of nearly one character."""
+        lines = [line for line in text.splitlines() if line.strip()]
+        facts = self.facts
+        facts["examined"] += 1
+        facts["lines"] += len(lines)
+        facts["repeated_lines"] += len(lines) - len(set(lines))
+        head = text[:10_000]
+        facts["one_character"] += len(head) >= 100 and Counter(head).most_common(1)[0][1] > 0.7 * len(head)
+
+    def close(self) -> None:
+        """End the shard that is being written, if there is one."""
+        if self.writer is not None:
+            entry = {"name": self.writer.prefix.name, "tokens": self.writer.num_tokens, "sha256": self.writer.commit()}
+            self.facts["shards"].append(entry)
+            self.writer = None
+
+    def abandon(self) -> None:
+        """Close what a failure left open."""
+        if self.writer is not None:
+            self.writer.file.close()
+
+
+def _move(source: Path, target: Path) -> None:
+    """The shards of a unit into their place; an index comes after its tokens."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.glob("*"), key=lambda path: path.suffix):  # .bin before .idx
+        os.replace(path, target / path.name)
+    sync_folder(target)
+
+
+def gather(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a source has become, for the manifest, from the records of its units in order."""
+    entry: dict[str, Any] = {"skipped": sum(record["skipped"] for record in records)}
+    entry["first_skipped"] = [reason for record in records for reason in record["first_skipped"]][:10]
+    for split in SPLITS:
+        parts = [record[split] for record in records]
+        counts = {name: sum(part[name] for part in parts) for name in parts[0] if isinstance(parts[0][name], int)}
+        shards = [shard for part in parts for shard in part["shards"]]
+        lengths = np.sum([part["lengths"] for part in parts], axis=0).tolist()
+        entry[split] = {**counts, "lengths": lengths[: 1 + max(np.flatnonzero(lengths), default=-1)], "shards": shards}
+    return entry

@@ -1,0 +1,102 @@
+"""What others write is read, and what is written here equals what they write: datatrove, and the byte layout itself."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import MegatronDocumentTokenizer
+
+from franca.core.errors import ConfigError
+from franca.data.indexed import HEADER, MAGIC, Dataset, Shard
+from franca.data.prepare import PrepareConfig, TokenizerConfig, prepare
+from franca.data.sources import CorpusConfig
+from franca.data.tokenizer import END_OF_TEXT, Tokenizer
+
+TEXTS = [f"{number} Häuser, 語 and {number * number} more\n" * (1 + number % 7) for number in range(300)]
+
+
+def read_layout(prefix):
+    """Documents of a `.bin/.idx` pair, by the layout alone; none of franca's code."""
+    index, tokens = prefix.with_suffix(".idx").read_bytes(), prefix.with_suffix(".bin").read_bytes()
+    assert index[:9] == b"MMIDIDX\x00\x00"
+    version, code, sequences, bounds = struct.unpack("<QBQQ", index[9:34])
+    assert (version, bounds) == (1, sequences + 1)
+    kind = {4: "i", 8: "H"}[code]
+    lengths = struct.unpack(f"<{sequences}i", index[34 : 34 + 4 * sequences])
+    offsets = struct.unpack(f"<{sequences}q", index[34 + 4 * sequences : 34 + 12 * sequences])
+    assert struct.unpack(f"<{bounds}q", index[34 + 12 * sequences :]) == tuple(range(bounds))
+    size = struct.calcsize(f"<{kind}")
+    pieces = zip(lengths, offsets, strict=True)
+    return [struct.unpack(f"<{length}{kind}", tokens[offset : offset + size * length]) for length, offset in pieces]
+
+
+@pytest.mark.parametrize("vocab_size", [300, 70_000])
+def test_datatrove_writes_the_same_bytes_and_both_are_read_by_the_layout(tmp_path, vocab_size, capfd):
+    tokenizer = Tokenizer.train(iter(TEXTS), 300)
+    tokens = json.loads(tokenizer.json)
+    added = [
+        {
+            "id": n,
+            "content": f"<|{n}|>",
+            "special": True,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
+        for n in range(300, vocab_size)
+    ]
+    tokens["added_tokens"] += added  # 70,000 ids do not fit into 16 bits
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokens))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    steps = [
+        JsonlReader(str(tmp_path / "in")),
+        MegatronDocumentTokenizer(str(tmp_path / "theirs"), "x", str(tmp_path / "tokenizer.json"), END_OF_TEXT),
+    ]
+    LocalPipelineExecutor(steps, tasks=1, logging_dir=str(tmp_path / "logs")).run()
+    capfd.readouterr()  # it talks
+    (theirs,) = (path.with_suffix("") for path in (tmp_path / "theirs").rglob("*.bin"))
+    path = TokenizerConfig(path=str(tmp_path / "tokenizer.json"))
+    corpus = CorpusConfig(paths=(str(tmp_path / "in" / "*.jsonl"),))
+    root = prepare(PrepareConfig(output=str(tmp_path / "out"), sources={"x": corpus}, tokenizer=path, validation_share=0.0))
+    (ours,) = Dataset(root).shards("train", "x")
+    assert ours.bin_path.read_bytes() == theirs.with_suffix(".bin").read_bytes()
+    assert ours.idx_path.read_bytes() == theirs.with_suffix(".idx").read_bytes()
+    documents = read_layout(ours.prefix)
+    assert documents == read_layout(theirs)
+    assert [Tokenizer.load(root / "tokenizer.json").decode(d[:-1]) for d in documents] == TEXTS
+    read = Shard(theirs)
+    assert read.dtype == (np.uint16 if vocab_size == 300 else np.int32)
+    assert read.tokens.tolist() == [token for document in documents for token in document]
+
+
+def write_pair(prefix, code, dtype, documents):
+    """A pair as Megatron's builders write it, with any dtype code."""
+    lengths = np.array([len(document) for document in documents], np.int32)
+    offsets = (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(dtype).itemsize
+    bounds = np.arange(len(documents) + 1, dtype=np.int64)
+    prefix.with_suffix(".bin").write_bytes(np.concatenate(documents).astype(dtype).tobytes())
+    header = HEADER.pack(MAGIC, 1, code, len(documents), len(bounds))
+    prefix.with_suffix(".idx").write_bytes(header + lengths.tobytes() + offsets.tobytes() + bounds.tobytes())
+    return Shard(prefix)
+
+
+@pytest.mark.parametrize(
+    ("code", "dtype"),
+    [(1, "u1"), (2, "i1"), (3, "i2"), (4, "i4"), (5, "i8"), (6, "f8"), (7, "f4"), (7, "f8"), (8, "u2")],
+)
+def test_every_dtype_code_is_read_and_seven_by_its_width(tmp_path, code, dtype):
+    """Code 7 is float32 to Megatron-LM and float64 to Megatron-DeepSpeed; the file's length tells."""
+    documents = [np.arange(1, 6), np.arange(3), np.array([7])]
+    shard = write_pair(tmp_path / "x", code, dtype, documents)
+    assert shard.num_tokens == 9
+    assert shard.read(0, 9).astype(np.int64).tolist() == [1, 2, 3, 4, 5, 0, 1, 2, 7]
+    assert shard.boundaries(0, 9) == [0, 5, 8]
+
+
+def test_the_format_before_is_refused_by_name(tmp_path):
+    (tmp_path / "x.bin").write_bytes(b"")
+    (tmp_path / "x.idx").write_bytes(b"TNTIDX\x00\x00" + bytes(40))
+    with pytest.raises(ConfigError, match="legacy fairseq format"):
+        Shard(tmp_path / "x")
