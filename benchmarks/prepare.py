@@ -16,7 +16,7 @@ import orjson
 from benchmarks.table import Row, say
 from franca.data.tokenizer import END_OF_TEXT, Tokenizer
 
-CORPUS_BYTES, VOCAB_SIZE, ROUNDS, COPIES = 70_000_000, 32_768, 2, 12
+CORPUS_BYTES, VOCAB_SIZE, ROUNDS, COPIES = 70_000_000, 32_768, 2, 24
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".html", ".json", ".c", ".h")
 
 

@@ -134,18 +134,16 @@ def corrupted(dataset: Path, tmp_path: Path, damage: Callable[[Path], None]) -> 
 
 
 def truncate_bin(folder: Path) -> None:
-    path = folder / "00000.bin"
+    path = next(folder.glob("*-000.bin"))
     path.write_bytes(path.read_bytes()[:-100])
 
 
 def spoil_magic(folder: Path) -> None:
-    path = folder / "00000.idx"
+    path = next(folder.glob("*-000.idx"))
     path.write_bytes(b"NONSENSE!" + path.read_bytes()[9:])
 
 
-@pytest.mark.parametrize(
-    ("damage", "parts"), [(truncate_bin, ["00000.bin", "truncated"]), (spoil_magic, ["00000.idx", "magic"])]
-)
+@pytest.mark.parametrize(("damage", "parts"), [(truncate_bin, ["-000.bin", "truncated"]), (spoil_magic, ["-000.idx", "magic"])])
 def test_damaged_data(franca, run_file, dataset: Path, tmp_path: Path, damage, parts: list[str]) -> None:
     refused(franca("train", run_file(data=corrupted(dataset, tmp_path, damage))), *parts)
 
@@ -165,7 +163,7 @@ LINES = b"".join(json.dumps({"text": f"document number {n}"}).encode() + b"\n" f
 def test_bad_documents_are_refused_with_their_line_or_counted(franca, tmp_path: Path) -> None:
     path = prepare_file(tmp_path, LINES + b"{not json\n" + LINES)
     refused(franca("prepare", path), "docs.jsonl:51", "not JSON", "on_bad_document: skip")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "manifest.json").exists()
     assert franca("prepare", path, "on_bad_document=skip")[0] == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["sources"]["mine"]["skipped"] == 1

@@ -18,6 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from franca.core.errors import ConfigError
 
+Ids = NDArray[np.uint32]
+
 END_OF_TEXT = "<|endoftext|>"
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 # Where backends have differed: special tokens written out, white space, what is no letter.
@@ -71,7 +73,7 @@ class Tokenizer:
     def _first_of(self, names: Sequence[str]) -> int | None:
         return next((found for name in names if (found := self.backend.token_to_id(name)) is not None), None)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """The smallest size of an embedding that has a row for every id (ids may have gaps)."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
@@ -91,60 +93,58 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[NDArray[np.int64]]:
         """Token ids of each text; an empty text has none, whatever `bos` and `eos` say."""
         ids, lengths = self.encode_flat(texts, bos, eos)
-        return np.split(ids, np.cumsum(lengths)[:-1]) if len(texts) else []
+        return np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1]) if len(texts) else []
 
-    def encode_flat(
-        self, texts: Sequence[str], bos: bool = False, eos: bool = False
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def encode_flat(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> tuple[Ids, NDArray[np.int64]]:
         """The same back to back: the ids of all texts, and how many each text has."""
         for name, wanted, token in (("bos", bos, self.bos), ("eos", eos, self.eos)):
             if wanted and token is None:
                 raise ConfigError(f"this tokenizer has no {name.upper()} token; set add_{name}: false")
         if self.fast is not None:
             content, bounds = self.fast.encode_batch_flat(list(texts), split_special_tokens=True)
-            ids = np.frombuffer(content, np.uint32).astype(np.int64)
-            ends = np.frombuffer(bounds, np.uint64).astype(np.int64)
+            ids, ends = np.frombuffer(content, np.uint32), np.frombuffer(bounds, np.uint64).astype(np.int64)
             lengths = ends[1:] - ends[:-1]
         else:
             encodings: list[Any] = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
             lists = [encoding.ids for encoding in encodings]
             lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-            ids = np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum()))
+            ids = np.fromiter(chain.from_iterable(lists), np.uint32, int(lengths.sum()))
         return (ids, lengths) if not (bos or eos) else self._framed(ids, lengths, bos, eos)
 
-    def _framed(
-        self, ids: NDArray[np.int64], lengths: NDArray[np.int64], bos: bool, eos: bool
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _framed(self, ids: Ids, lengths: NDArray[np.int64], bos: bool, eos: bool) -> tuple[Ids, NDArray[np.int64]]:
         """BOS before and EOS after every text that has tokens."""
-        framed = lengths + (bos + eos) * (lengths > 0)
+        some = lengths > 0
+        framed = lengths + (bos + eos) * some
         ends = framed.cumsum()
-        shift = (ends - framed) - (lengths.cumsum() - lengths) + bos
-        result = np.empty(framed.sum(), np.int64)
-        result[np.arange(len(ids)) + np.repeat(shift, lengths)] = ids
-        if bos:
-            result[(ends - framed)[lengths > 0]] = self.bos
-        if eos:
-            result[ends[lengths > 0] - 1] = self.eos
+        result, own = np.empty(framed.sum(), np.uint32), np.ones(framed.sum(), np.bool_)
+        for wanted, token, places in ((bos, self.bos, (ends - framed)[some]), (eos, self.eos, ends[some] - 1)):
+            if wanted:
+                result[places], own[places] = token, False
+        result[own] = ids
         return result, framed
 
-    def accelerate(self, sample: Sequence[str]) -> bool:
-        """Encode with fastokens from now on if it is installed and has the same ids for `sample`; says whether."""
-        self.fast = None
+    @cached_property
+    def _fastokens(self) -> Any:
         try:
             from fastokens import Tokenizer as Fast  # type: ignore[import-untyped]
         except ImportError:
-            return False
+            return None
+        return Fast.from_json_str(self.json)
+
+    def accelerate(self, sample: Sequence[str]) -> bool:
+        """Encode with fastokens from now on if it is installed and has the same ids for `sample`; says whether."""
+        self.fast, wrong = None, ""
         expected = self.encode_flat([*sample, *_TRAPS])
         try:
-            self.fast = Fast.from_json_str(self.json)
-            found = self.encode_flat([*sample, *_TRAPS])
+            self.fast = self._fastokens
+            ids, lengths = self.encode_flat([*sample, *_TRAPS])
+            same = np.array_equal(ids, expected[0]) and np.array_equal(lengths, expected[1])
+            wrong = "" if same else "it gives other ids"
         except Exception as error:  # a tokenizer that it does not know
-            found, reason = None, str(error)
-        else:
-            reason = "it gives other ids"
-        if found is None or not all(map(np.array_equal, expected, found)):
+            wrong = str(error)
+        if wrong:
             self.fast = None
-            print(f"warning: fastokens is not used for this tokenizer ({reason})", file=sys.stderr, flush=True)
+            print(f"warning: fastokens is not used for this tokenizer ({wrong})", file=sys.stderr, flush=True)
         return self.fast is not None
 
     def decode(self, ids: Sequence[int]) -> str:

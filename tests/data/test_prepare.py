@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from preparing import TEXTS, contents, is_whole, write_lines
 
 from franca.core.config import check, to_dict
 from franca.core.errors import ConfigError
+from franca.data import prepare as module
 from franca.data import tokenize
 from franca.data.indexed import Dataset, Shard
 from franca.data.prepare import PrepareConfig, TokenizerConfig, is_held_out, main, prepare
@@ -268,10 +270,11 @@ def test_a_foreign_folder_or_file_at_the_output_is_refused(tmp_path, make):
     assert {path.name for path in tmp_path.rglob("*")} == {"a.jsonl", "full", "manifest.json", "file"}
 
 
-def test_two_preparations_of_one_output_at_a_time_are_refused(tmp_path, make):
+def test_two_preparations_of_one_output_at_a_time_are_refused(tmp_path, make, monkeypatch):
     write_lines(tmp_path / "a.jsonl", TEXTS)
     root = prepare(make("*.jsonl"))
-    before = contents(root)
+    before, clock = contents(root), itertools.count()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock)), sleep=lambda seconds: None))
     with open(root / "units" / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="out: another process is preparing it"):
