@@ -41,9 +41,7 @@ def demo(
     raise typer.Exit(_call("franca.demo:main", folder, steps))
 
 
-@app.command(
-    epilog="Examples: franca prepare data.yaml workers=8; franca prepare shuffle text.yaml; franca prepare mix mix.yaml"
-)
+@app.command(epilog="Example: franca prepare data.yaml workers=8 (or: prepare shuffle text.yaml, or: prepare mix mix.yaml)")
 def prepare(
     file: Annotated[Path, typer.Argument(metavar="[shuffle|mix] DATA.YAML", help="What to prepare.")], words: Words = None
 ) -> None:
