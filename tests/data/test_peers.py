@@ -56,7 +56,8 @@ def test_datatrove_writes_the_same_bytes_and_both_are_read_by_the_layout(tmp_pat
     assert ours.idx_path.read_bytes() == theirs.with_suffix(".idx").read_bytes()
     documents = read_layout(ours.prefix)
     assert documents == read_layout(theirs)
-    assert [Tokenizer.load(root / "tokenizer.json").decode(d[:-1]) for d in documents] == TEXTS
+    written = Tokenizer.load(root / "tokenizer.json")
+    assert [written.decode(document[:-1]) for document in documents] == TEXTS
     read = Shard(theirs)
     assert read.dtype == (np.uint16 if vocab_size == 300 else np.int32)
     assert read.tokens.tolist() == [token for document in documents for token in document]
