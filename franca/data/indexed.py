@@ -144,7 +144,7 @@ class ShardWriter:
     def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
         self.prefix, self.dtype = prefix, dtype
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(f"{prefix}.bin", "wb")  # noqa: SIM115 (closed by commit)
+        self.file = open(f"{prefix}.bin", "wb")  # noqa: SIM115 (closed by commit, or by who gives up)
         self.lengths: list[NDArray[np.int32]] = []
         self.num_tokens = 0
         self.hash = hashlib.sha256()

@@ -244,8 +244,9 @@ def _order(data: DataConfig, sources: list[Source]) -> Order:
 
 def _megatron_order(data: DataConfig, sources: list[Source], shards: list[tuple[Shard, ...]]) -> MegatronOrder:
     """The order of 2021; our own ways to mix have no place in it."""
-    if data.phases or data.skip or data.temperature is not None or any(s.max_epochs != 1.0 for s in data.sources):
-        raise ValueError("the order megatron-2021 knows weights alone: no phases, skip, temperature or max_epochs")
+    ended = any(source.max_epochs != 1.0 or source.at_end != "error" for source in data.sources)
+    if data.phases or data.skip or data.temperature is not None or ended:
+        raise ValueError("the order megatron-2021 knows weights alone: no phases, skip, temperature, max_epochs or at_end")
     assert isinstance(data.order, Megatron2021Config)
     lengths = [np.concatenate([shard.document_lengths for shard in group]) for group in shards]
     given = [source.weight for source in sources if source.weight is not None]

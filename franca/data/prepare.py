@@ -98,6 +98,9 @@ def prepare(settings: PrepareConfig) -> Path:
 def _local(corpus: CorpusConfig, settings: PrepareConfig) -> CorpusConfig:
     """The corpus with its files on this machine: those of the hub are downloaded first, as far as they are not there."""
     if corpus.hub is None:
+        if corpus.revision != "main":
+            given = f"revision {corpus.revision!r} was given without `hub`"
+            raise ConfigError(f"sources: {given}; name the dataset (hub: owner/name), or leave it out")
         return corpus
     from franca.data.hub import fetch  # a client that others need not load
 
@@ -105,7 +108,7 @@ def _local(corpus: CorpusConfig, settings: PrepareConfig) -> CorpusConfig:
     try:
         fetch(corpus.hub, folder, corpus.paths, corpus.revision)
     except OSError as error:
-        print(f"error: {error}. The same command goes on where it stopped.", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_RESUMABLE) from None
     exclude = tuple(f"{folder}/{pattern}" for pattern in corpus.exclude)
     return replace(corpus, paths=tuple(f"{folder}/{pattern}" for pattern in corpus.paths), exclude=exclude)

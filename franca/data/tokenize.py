@@ -63,7 +63,11 @@ class Unit:
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a document belongs to the held-out set: a property of its text alone, the same in every run."""
-    return _draw(text.encode()) < share * 2**64
+    return _is_below(_draw(text.encode()), share)
+
+
+def _is_below(draw: int, share: float) -> bool:
+    return draw < share * 2**64
 
 
 def _draw(content: bytes) -> int:
@@ -168,18 +172,18 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 def _add(batch: list[str], tokenizer: Tokenizer, policy: Policy, splits: dict[str, "_Split"]) -> int:
     """The documents of a batch, each to its split; returns how many tokens they have."""
-    contents = [text.encode(errors="surrogatepass") for text in batch]
-    draws = np.array([_draw(content) for content in contents], np.uint64)
-    held_out = draws < np.uint64(min(int(policy.validation_share * 2**64), 2**64 - 1))
+    contents = [text.encode() for text in batch]
+    draws = [_draw(content) for content in contents]
+    held_out = np.array([_is_below(draw, policy.validation_share) for draw in draws])
     ids, lengths = tokenizer.encode_flat(batch, policy.add_bos, policy.add_eos)
     sizes = np.fromiter(map(len, contents), np.int64, len(contents))
     for split, mine in (("train", ~held_out), ("validation", held_out)):
         if mine.any():
             of_split = ids if mine.all() else ids[np.repeat(mine, lengths)]
             splits[split].add(of_split, lengths[mine], int(sizes[mine].sum()))
-    for text, draw in zip(batch, draws.tolist(), strict=True):
+    for text, draw, out in zip(batch, draws, held_out.tolist(), strict=True):
         if draw % EXAMINED == 0:
-            splits["train"].examine(text)
+            splits["validation" if out else "train"].examine(text)
     return len(ids)
 
 

@@ -21,8 +21,12 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
-from franca.core.errors import ConfigError
+from franca.core.config import check
+from franca.core.errors import EXIT_RESUMABLE, ConfigError
 from franca.data import hub
+from franca.data.indexed import Dataset
+from franca.data.prepare import PrepareConfig, prepare
+from franca.data.tokenizer import Tokenizer
 
 REPO = "swiss/corpus"
 TOKEN = "hf_" + "n0tAr3alT0ken" * 2
@@ -598,3 +602,23 @@ def test_offline_is_respected(web, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         fetch(web, tmp_path)
     assert web.asked == []
+
+
+def test_a_dataset_of_the_hub_is_prepared_and_an_interrupted_download_goes_on(web, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(constants, "ENDPOINT", web.endpoint)
+    lines = {f"text/{n}.jsonl": b"".join(b'{"text": "document %d of file %d"}\n' % (d, n) for d in range(99)) for n in (0, 1)}
+    web.files = lines
+    tokenizer = Tokenizer.train(iter(["bytes alone"]), 257)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.json)
+    sources = {"web": {"hub": REPO, "paths": ["text/*.jsonl"], "exclude": ["text/1.jsonl"]}}
+    values = {"output": str(tmp_path / "out"), "sources": sources, "tokenizer": {"path": str(tmp_path / "tokenizer.json")}}
+    settings = check(PrepareConfig, values | {"validation_share": 0.0}, "data")
+    web.faults["text/0.jsonl"] = ["drop"] * 40
+    with pytest.raises(SystemExit) as stopped:
+        prepare(settings)
+    assert stopped.value.code == EXIT_RESUMABLE
+    assert "goes on where it stopped" in capfd.readouterr().err
+    web.faults.clear()
+    (shard,) = Dataset(prepare(settings)).shards("train", "web")
+    assert tokenizer.decode(shard.tokens.tolist()).split("<|endoftext|>")[:-1] == [f"document {d} of file 0" for d in range(99)]
+    assert on_disk(tmp_path / "out.download" / REPO) == lines
