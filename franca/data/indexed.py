@@ -190,6 +190,10 @@ class Dataset:
             raise ConfigError(f"{path}: is not valid JSON ({error}). Prepare the dataset again.") from None
 
     @property
+    def tokenizer_path(self) -> Path:
+        return self.root / "tokenizer.json"
+
+    @property
     def train_hash(self) -> str:
         """A hash of all training tokens and documents: the dataset's identity, whatever its folder is called."""
         hashes = [[shard["sha256"] for shard in entry["train"]["shards"]] for entry in self.manifest["sources"].values()]
@@ -204,3 +208,47 @@ class Dataset:
             wrong = f"holds {found} tokens, but the manifest says {entry['tokens']}"
             raise ConfigError(f"{self.root / split / source}: {wrong}. Prepare the dataset again.")
         return shards
+
+
+@dataclass(frozen=True)
+class BareShard(Dataset):
+    """One `.bin/.idx` pair without a folder around it, as Megatron-LM and datatrove leave it; `root` is its path, no suffix.
+
+    It stands for a dataset of one source without a held-out set. Its tokens are known by their number, the index and a
+    sample: to read them all at every start would take too long.
+    """
+
+    tokenizer: Path  # the tokenizer.json that it was made with, and what that says:
+    fingerprint: str
+    vocab_size: int
+    eos: int | None
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.tokenizer
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        shard = Shard(self.root)
+        lengths = shard.document_lengths
+        ends = np.cumsum(lengths[lengths > 0][:100], dtype=np.int64)
+        tokens = shard.tokens[: int(ends[-1]) if len(ends) else 0]
+        sample = np.concatenate([shard.tokens[:1_000_000], shard.tokens[-1_000_000:]])
+        if not shard.num_tokens:
+            raise ConfigError(f"{shard.bin_path}: holds no tokens")
+        if sample.min() < 0 or sample.max() >= self.vocab_size:
+            given = f"holds ids from {sample.min()} to {sample.max()}, but {self.tokenizer} has {self.vocab_size:,} tokens"
+            raise ConfigError(f"{shard.bin_path}: {given}. Give the tokenizer that it was made with.")
+        digest = hashlib.sha256(sample.tobytes() + lengths[:1_000_000].tobytes() + lengths[-1_000_000:].tobytes())
+        digest.update(f"{shard.num_tokens} {shard.num_documents}".encode())
+        entry = {"name": self.root.name, "tokens": shard.num_tokens, "sha256": digest.hexdigest()}
+        counts = {"documents": shard.num_documents, "tokens": shard.num_tokens, "bytes": 0}
+        none = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
+        eos = self.eos if bool((tokens[ends - 1] == self.eos).all()) else None
+        return {
+            "tokenizer": {"sha256": self.fingerprint, "vocab_size": self.vocab_size, "bos": None, "eos": eos},
+            "sources": {self.root.name: {"train": {**counts, "shards": [entry]}, "validation": none}},
+        }
+
+    def shards(self, split: str, source: str) -> list[Shard]:
+        return [Shard(self.root)] if split == "train" else []

@@ -20,9 +20,10 @@ from franca.core.config import Choice, Count, NotNegative, Positive, Share, conf
 from franca.core.duration import Duration
 from franca.core.errors import ConfigError
 from franca.core.schedule import Timeline
-from franca.data.indexed import Dataset, Shard
+from franca.data.indexed import BareShard, Dataset, Shard
 from franca.data.megatron import MegatronOrder
 from franca.data.order import AtEnd, Order, Source
+from franca.data.tokenizer import Tokenizer
 
 IGNORE = -100  # the target of a position that is not trained on
 
@@ -32,9 +33,10 @@ Attention = Literal["causal", "document"]
 
 @config
 class SourceConfig:
-    """One prepared dataset folder."""
+    """One prepared dataset folder, or one `.bin/.idx` pair of Megatron-LM or datatrove (its path without suffix)."""
 
     path: str
+    tokenizer: str | None = None  # of such a pair: the tokenizer.json that it was made with
     name: str | None = None  # what `phases` and messages call it; None: the folder's name
     weight: NotNegative | None = None  # its share of the samples; leave it out everywhere to take all rows alike
     max_epochs: Positive = 1.0
@@ -61,6 +63,7 @@ class Megatron2021Config(OrderConfig):
     split: str = "949,50,1"
     part: Literal["train", "validation", "test"] = "train"
     last_epoch_threshold: Share = 0.80  # 0.95 in later versions of Megatron-DeepSpeed
+    cache: str | None = None  # a folder where the index (14 GB for tr1-13B) is built once, and mapped by all ranks
 
 
 @config
@@ -201,12 +204,12 @@ def open_plan(data: DataConfig) -> Plan:
     """Open the datasets of a config; reads no tokens. Raises ConfigError when one is not whole, or they do not go together."""
     sources: list[Source] = []
     shards: list[tuple[Shard, ...]] = []
-    datasets = tuple(Dataset(Path(entry.path).expanduser()) for entry in data.sources)
+    datasets = tuple(_open(entry) for entry in data.sources)
     hashes: list[str] = []
     for entry, dataset in zip(data.sources, datasets, strict=True):
-        theirs, ours = dataset.manifest["tokenizer"]["sha256"], datasets[0].manifest["tokenizer"]["sha256"]
-        if theirs != ours:
-            raise ConfigError(f"data.sources: {dataset.root} and {datasets[0].root} were made with different tokenizers")
+        if dataset.manifest["tokenizer"] != datasets[0].manifest["tokenizer"]:
+            made = "were made with different tokenizers or BOS and EOS; prepare one of them again"
+            raise ConfigError(f"data.sources: {dataset.root} and {datasets[0].root} {made}")
         group = [shard for name in dataset.manifest["sources"] for shard in dataset.shards("train", name)]
         identity = f"{dataset.train_hash}#{hashes.count(dataset.train_hash)}"
         hashes.append(dataset.train_hash)
@@ -220,6 +223,19 @@ def open_plan(data: DataConfig) -> Plan:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every memory map keeps a file open; 1024 is a usual soft limit
     return Plan(datasets, order, tuple(shards))
+
+
+def _open(entry: SourceConfig) -> Dataset:
+    path = Path(entry.path).expanduser()
+    if not Path(f"{path}.idx").is_file():
+        if entry.tokenizer is not None:
+            raise ConfigError(f"data.sources: {path} was given a tokenizer, but there is no {path}.idx to go with it")
+        return Dataset(path)
+    if entry.tokenizer is None:
+        raise ConfigError(f"data.sources: {path}.idx does not say what its tokens mean; give `tokenizer`, a tokenizer.json")
+    place = Path(entry.tokenizer).expanduser()
+    known = Tokenizer.load(place)
+    return BareShard(path, place, known.fingerprint, known.vocab_size, known.eos)
 
 
 def _order(data: DataConfig, sources: list[Source]) -> Order:
@@ -251,7 +267,7 @@ def _megatron_order(data: DataConfig, sources: list[Source], shards: list[tuple[
     lengths = [np.concatenate([shard.document_lengths for shard in group]) for group in shards]
     given = [source.weight for source in sources if source.weight is not None]
     names, kind = [source.name for source in sources], data.order
-    split = (kind.split, kind.part, kind.last_epoch_threshold)
+    split = (kind.split, kind.part, kind.last_epoch_threshold, Path(kind.cache).expanduser() if kind.cache else None)
     return MegatronOrder(names, lengths, given or None, data.seq_len, data.seed, kind.samples, *split)
 
 

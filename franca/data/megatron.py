@@ -6,16 +6,20 @@ shuffled again. Several sources are blended by a greedy rule. The number of samp
 of epochs, and with it the order from the first sample on. What it refuses to know: files, ranks, batches.
 """
 
+import fcntl
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from functools import cached_property, reduce
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial, reduce
 from operator import add
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from franca.core.run import write_atomically
 from franca.data.mixture import Indices
 from franca.data.order import Spans
 
@@ -66,20 +70,28 @@ class Stream:
 
     `documents` is the order of the documents, `ends` the token after each of them in that order, and `shuffle[i]` the number
     of the row that comes at place i. Row k begins with token k * seq_len of that order: an index of the rows is not kept.
+    `starts` is the first token of each document in the source.
     """
 
-    def __init__(self, lengths: Lengths, begin: int, end: int, epochs: int, together: int, seq_len: int, seed: int) -> None:
+    def __init__(self, lengths: Lengths, seq_len: int, columns: Sequence[NDArray[Any]]) -> None:
         self.lengths, self.seq_len = lengths, seq_len
-        self._starts = np.cumsum(lengths, dtype=np.int64) - lengths  # of each document in the source
+        self.documents, self.shuffle, self.ends, self.starts = columns
+
+    @staticmethod
+    def columns(
+        lengths: Lengths, begin: int, end: int, epochs: int, together: int, seq_len: int, seed: int
+    ) -> list[NDArray[Any]]:
+        """Draw them: `documents`, `shuffle`, `ends`, `starts`."""
         tokens = int(lengths[begin:end].sum(dtype=np.int64))
         rows, first_rows = (epochs * tokens - 1) // seq_len, (together * tokens - 1) // seq_len
-        self.documents = np.tile(np.arange(begin, end, dtype=np.int32), epochs)
-        self.shuffle = np.arange(rows, dtype=np.uint32 if rows < 2**32 else np.int64)
+        documents = np.tile(np.arange(begin, end, dtype=np.int32), epochs)
+        shuffle = np.arange(rows, dtype=np.uint32 if rows < 2**32 else np.int64)
         rng = np.random.RandomState(seed)
-        for column, cut in (self.documents, (end - begin) * together), (self.shuffle, first_rows):
+        for column, cut in (documents, (end - begin) * together), (shuffle, first_rows):
             rng.shuffle(column[:cut])
             rng.shuffle(column[cut:])
-        self.ends = np.cumsum(lengths[self.documents], dtype=np.int64)
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        return [documents, shuffle, np.cumsum(lengths[documents], dtype=np.int64), starts]
 
     def pieces(self, places: Indices) -> tuple[Indices, Indices, Indices]:
         """The pieces of documents that make up the rows at some places: which place, first token in the source, tokens."""
@@ -93,7 +105,24 @@ class Stream:
         lower = np.maximum(begin, begins[rows])
         size = np.minimum(end, begins[rows] + self.seq_len + 1) - lower
         some = size > 0  # empty documents give no piece
-        return rows[some], (self._starts[document] + lower - begin)[some], size[some]
+        return rows[some], (self.starts[document] + lower - begin)[some], size[some]
+
+
+def _shared(folder: Path | None, name: str, make: Callable[[], list[NDArray[Any]]]) -> list[NDArray[Any]]:
+    """What `make` gives; with a folder, made once, kept there, and mapped: the processes of a machine share the memory."""
+    if folder is None:
+        return make()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        count = folder / f"{name}.count"  # written last
+        if not count.exists():
+            arrays = make()
+            for number, array in enumerate(arrays):
+                np.save(folder / f"{name}.{number}.npy", array, allow_pickle=False)
+            write_atomically(count, str(len(arrays)))
+        paths = [folder / f"{name}.{number}.npy" for number in range(int(count.read_text()))]
+    return [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
 
 
 def _greedy(weights: NDArray[np.float64], begins: Indices, taken: NDArray[np.float64], steps: int) -> NDArray[np.int16]:
@@ -135,7 +164,8 @@ class MegatronOrder:
 
     Without weights there is one source and no blending; with weights each source is made 0.5 % longer than its share, and
     one source with a weight has therefore another order than without. `last_epoch_threshold` is 0.80 in Megatron-LM and
-    0.95 in later versions of Megatron-DeepSpeed. The indices are built on first use. Raises ValueError for what gives no order.
+    0.95 in later versions of Megatron-DeepSpeed. The indices are built on first use, and kept in the folder `cache` if there is
+    one. Raises ValueError for what gives no order.
     """
 
     def __init__(
@@ -149,8 +179,9 @@ class MegatronOrder:
         split: str = "949,50,1",
         part: str = "train",
         last_epoch_threshold: float = 0.80,
+        cache: Path | None = None,
     ) -> None:
-        self.names, self.seq_len, self.seed, self.num_samples = tuple(names), seq_len, seed, num_samples
+        self.names, self.seq_len, self.seed, self.num_samples, self.cache = tuple(names), seq_len, seed, num_samples, cache
         self._lengths = tuple(document_lengths)
         if part not in PARTS:
             raise ValueError(f"the split has no part {part!r}; its parts are {', '.join(PARTS)}")
@@ -178,19 +209,26 @@ class MegatronOrder:
     @cached_property
     def streams(self) -> list[Stream]:
         """The rows of each source."""
-        plans = zip(self._lengths, self._plan, strict=True)
-        return [Stream(lengths, *plan, self.seq_len, self.seed) for lengths, plan in plans]
+
+        def stream(number: int, lengths: Lengths, plan: tuple[int, int, int, int]) -> Stream:
+            make = partial(Stream.columns, lengths, *plan, self.seq_len, self.seed)
+            return Stream(lengths, self.seq_len, _shared(self.cache, f"{self._hash[:16]}-{number}", make))
+
+        return [stream(number, *each) for number, each in enumerate(zip(self._lengths, self._plan, strict=True))]
 
     @cached_property
-    def blended(self) -> tuple[NDArray[np.int16], Indices]:
+    def blended(self) -> list[NDArray[Any]]:
         """For every sample of a blend its source and its place in that source's stream, each (num_samples,)."""
+        return _shared(self.cache, f"{self._hash[:16]}-{self.num_samples}-blend", self._blend)
+
+    def _blend(self) -> list[NDArray[Any]]:
         weights = np.array(self._weights)
         sources = blend(weights / weights.sum(), self.num_samples)  # divided once more, as there: it decides ties
         places = np.empty(self.num_samples, np.int64)
         for number in range(len(weights)):
             mine = sources == number
             places[mine] = np.arange(np.count_nonzero(mine))
-        return sources, places
+        return [sources, places]
 
     def spans(self, samples: Indices) -> Spans:
         """The tokens of samples below `num_samples`, in any order and as often as asked: (n,) -> Spans of their pieces."""

@@ -78,6 +78,7 @@ def mix(settings: MixConfig) -> Path:
         entries[name] = {
             "skipped": 0,
             "first_skipped": [],
+            "dropped": {},
             "train": _take(partial / "train" / name, [group[place] for place in order], wanted),
             "validation": _held_out(partial / "validation" / name, datasets[name]),
         }

@@ -29,7 +29,7 @@ from franca.core.run import write_atomically
 from franca.core.workers import end_with_parent
 from franca.data import tokenize
 from franca.data.indexed import Dataset
-from franca.data.sources import CorpusConfig, list_files, read_documents
+from franca.data.sources import CorpusConfig, kind_of, list_files, read_documents, row_groups
 from franca.data.tokenize import SPLITS, Policy, Unit, is_held_out
 from franca.data.tokenizer import Tokenizer
 
@@ -141,9 +141,26 @@ def _units(name: str, corpus: CorpusConfig, paths: list[Path]) -> Iterator[Unit]
         if together and size + here > UNIT_BYTES:
             yield Unit(name, corpus, tuple(together), size)
             together, size = [], 0
+        if here > UNIT_BYTES and path.suffix == ".parquet" and kind_of(path, corpus) == "arrow":
+            yield from _row_group_units(name, corpus, path)
+            continue
         together.append(path)
         size += here
-    yield Unit(name, corpus, tuple(together), size)
+    if together:
+        yield Unit(name, corpus, tuple(together), size)
+
+
+def _row_group_units(name: str, corpus: CorpusConfig, path: Path) -> Iterator[Unit]:
+    """A large Parquet file cut between row groups."""
+    groups = row_groups(path)
+    first = 0
+    for last, (_, end) in enumerate(groups, 1):
+        begin = groups[first][0]
+        if end - begin > UNIT_BYTES or last == len(groups):
+            yield Unit(name, corpus, (path,), end - begin, (first, last), (begin, end))
+            first = last
+    if not groups:
+        yield Unit(name, corpus, (path,), path.stat().st_size)
 
 
 def _finish(root: Path, units: list[Unit], policy: Policy, workers: int) -> list[dict[str, Any]]:
@@ -314,6 +331,8 @@ def report(output: Path) -> None:
             ratio = f", {c['bytes'] / c['tokens']:.2f} bytes per token" if c["tokens"] else ""
             counts = f"{c['documents']:,} documents, {c['tokens']:,} tokens in {len(c['shards'])} shard(s)"
             print(f"  {name} {split}: {counts}{ratio}")
+        for reason, count in entry["dropped"].items():
+            print(f"  {name}: {count:,} document(s) left out by {reason}")
         if entry["skipped"]:
             print(f"  {name}: {entry['skipped']:,} bad document(s) skipped, the first: {entry['first_skipped'][0]}")
         _describe(Dataset(output), name, entry["train"])

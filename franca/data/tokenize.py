@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from franca.core.errors import ConfigError
 from franca.core.run import sync_folder, write_atomically
 from franca.data.indexed import ShardWriter, token_dtype
-from franca.data.sources import CorpusConfig, read_documents
+from franca.data.sources import CorpusConfig, Groups, read_documents
 from franca.data.tokenizer import Tokenizer
 
-FORMAT = 1  # of what a unit writes: raised when the same input gives other bytes
+FORMAT = 2  # of what a unit writes: raised when the same input gives other bytes
 BATCH_CHARACTERS = 2_000_000
 GATE_CHARACTERS = 100_000  # of every unit, on which a fast tokenizer must agree with the reference
 EXAMINED = 64  # one document of so many is looked at for repetition
@@ -53,10 +53,13 @@ class Unit:
     corpus: CorpusConfig
     files: tuple[Path, ...]
     num_bytes: int
+    groups: Groups | None = None  # of a large Parquet file: the row groups [first, last) of it
+    span: tuple[int, int] | None = None  # their bytes [begin, end)
 
     def id(self, policy: Policy) -> str:
         """Names the unit's record and shards: the same files read in the same way."""
-        reading = [self.corpus.format, self.corpus.field, self.corpus.documents]
+        c = self.corpus
+        reading = [c.format, c.field, c.documents, dict(c.where), self.groups, self.span]
         what = [FORMAT, self.source, list(map(str, self.files)), reading, repr(policy)]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
@@ -81,7 +84,7 @@ def committed(root: Path, unit: Unit, policy: Policy) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     for path, known in zip(unit.files, record["files"], strict=True):
-        if known["sha256"] is None or (known["stat"] != _stat(path) and known["sha256"] != _sha256(path)):
+        if known["sha256"] is None or (known["stat"] != _stat(path) and known["sha256"] != _sha256(path, unit.span)):
             return None
     shards = [root / split / unit.source / shard["name"] for split in SPLITS for shard in record[split]["shards"]]
     return record if all(Path(f"{shard}.{kind}").is_file() for shard in shards for kind in ("bin", "idx")) else None
@@ -92,10 +95,16 @@ def _stat(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _sha256(path: Path) -> str | None:
+def _sha256(path: Path, span: tuple[int, int] | None) -> str | None:
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            if span is None:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(span[0])
+            digest = hashlib.sha256()
+            for begin in range(*span, 2**20):
+                digest.update(file.read(min(2**20, span[1] - begin)))
+            return digest.hexdigest()
     except OSError:  # a bad document, which was skipped
         return None
 
@@ -111,14 +120,14 @@ def run(root: Path, unit: Unit, policy: Policy, tick: Callable[[int], None]) -> 
     tokenizer = _tokenizer(root / "tokenizer.json", policy.tokenizer)
     stats = [_stat(path) for path in unit.files]
     splits = {split: _Split(work / split, name, tokenizer.vocab_size, policy.shard_tokens) for split in SPLITS}
-    skipped: list[str] = []
+    skipped, dropped = list[str](), Counter[str]()
 
     def skip(reason: str) -> None:
         if not policy.skip_bad:
             raise ConfigError(f"{reason}. Mend it, or set on_bad_document: skip to leave such documents out and count them.")
         skipped.append(reason)
 
-    texts = chain.from_iterable(read_documents(path, unit.corpus, skip) for path in unit.files)
+    texts = chain.from_iterable(read_documents(path, unit.corpus, skip, dropped, unit.groups) for path in unit.files)
     try:
         for number, batch in enumerate(_batches(texts)):
             if number == 0:
@@ -132,9 +141,10 @@ def run(root: Path, unit: Unit, policy: Policy, tick: Callable[[int], None]) -> 
     for path, stat in zip(unit.files, stats, strict=True):
         if _stat(path) != stat:
             raise ConfigError(f"{path}: has changed while it was read. Run the same command again when it is at rest.")
-    files = [{"path": str(p), "stat": s, "sha256": _sha256(p)} for p, s in zip(unit.files, stats, strict=True)]
+    files = [{"path": str(p), "stat": s, "sha256": _sha256(p, unit.span)} for p, s in zip(unit.files, stats, strict=True)]
     facts = {split: written.facts for split, written in splits.items()}
-    record = {"source": unit.source, "files": files, "skipped": len(skipped), "first_skipped": skipped[:10], **facts}
+    left_out = {"skipped": len(skipped), "first_skipped": skipped[:10], "dropped": dict(sorted(dropped.items()))}
+    record = {"source": unit.source, "files": files, **left_out, **facts}
     (root / "units" / f"{name}.json").unlink(missing_ok=True)  # what it tells of is about to be replaced
     for split in SPLITS:
         _move(work / split, root / split / unit.source)
@@ -248,6 +258,7 @@ def gather(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What a source has become, for the manifest, from the records of its units in order."""
     entry: dict[str, Any] = {"skipped": sum(record["skipped"] for record in records)}
     entry["first_skipped"] = [reason for record in records for reason in record["first_skipped"]][:10]
+    entry["dropped"] = dict(sum((Counter(record["dropped"]) for record in records), Counter[str]()))
     for split in SPLITS:
         parts = [record[split] for record in records]
         counts = {name: sum(part[name] for part in parts) for name in parts[0] if isinstance(parts[0][name], int)}

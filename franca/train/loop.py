@@ -256,7 +256,7 @@ def save(run: Run) -> None:
         "config": to_dict(run.config),
     }
     special = {name: plan.tokenizer[name] for name in ("bos", "eos")}
-    beside = convert.params_writer(run.config.model, special, plan.datasets[0].root / "tokenizer.json")
+    beside = convert.params_writer(run.config.model, special, plan.datasets[0].tokenizer_path)
     store = Store(run.folder.checkpoints)
     sharded.save(store, run.step, state(run), facts, beside, run.world)
     run.saved_step = run.step

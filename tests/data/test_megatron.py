@@ -170,7 +170,8 @@ def test_a_stream_is_the_naive_stream(lengths, wanted, seq_len, seed, threshold)
     naive = naive_stream(lengths, list(range(len(lengths))), wanted, seq_len, seed, threshold)
     epochs, together = epochs_needed(sum(lengths), wanted, seq_len, threshold)
     assert (epochs, together) == (naive.epochs, naive.epochs - naive.apart)
-    stream = Stream(np.array(lengths, np.int32), 0, len(lengths), epochs, together, seq_len, seed)
+    lengths = np.array(lengths, np.int32)
+    stream = Stream(lengths, seq_len, Stream.columns(lengths, 0, len(lengths), epochs, together, seq_len, seed))
     assert stream.documents.tolist() == naive.documents
     assert stream.shuffle.tolist() == naive.places
 
@@ -377,3 +378,33 @@ def test_the_rows_are_those_of_megatron_itself():
     order = MegatronOrder("ab", lengths, [1.0, 2.0], 8, 1234, 160, "8,1,1")
     expected = [[(source, token) for token in tokens] for source, tokens in PINNED.values()]
     assert rows_of(order.spans(np.array(list(PINNED))), len(PINNED)) == expected
+
+
+def columns_of(order):
+    return [column.tolist() for column in vars(order.spans(np.arange(order.num_samples))).values()]
+
+
+def test_the_index_is_built_once_and_mapped_by_everyone_else(tmp_path, monkeypatch):
+    lengths = as_lengths([[3, 0, 11, 1, 9, 0, 6, 20], [7] * 9])
+
+    def order(**more):
+        return MegatronOrder(["a", "b"], lengths, [0.3, 0.7], 4, 3, 200, "1", **more)
+
+    expected = columns_of(order())
+    assert columns_of(order(cache=tmp_path / "index")) == expected
+    monkeypatch.setattr(Stream, "columns", lambda *arguments: pytest.fail("built a second time"))
+    again = order(cache=tmp_path / "index")
+    assert columns_of(again) == expected
+    assert all(isinstance(stream.documents, np.memmap) for stream in again.streams)
+    monkeypatch.undo()
+    other = MegatronOrder(["a", "b"], lengths, [0.3, 0.7], 4, 4, 200, "1", cache=tmp_path / "index")
+    assert columns_of(other) != expected
+
+
+def test_an_index_that_was_cut_short_is_built_again(tmp_path):
+    lengths = as_lengths([[3, 0, 11, 1, 9, 0, 6, 20]])
+    whole = columns_of(MegatronOrder(["a"], lengths, None, 4, 3, 50, "1", cache=tmp_path))
+    next(tmp_path.glob("*.count")).unlink()  # which is written last
+    for path in tmp_path.glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:90])
+    assert columns_of(MegatronOrder(["a"], lengths, None, 4, 3, 50, "1", cache=tmp_path)) == whole

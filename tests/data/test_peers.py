@@ -10,7 +10,9 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import MegatronDocumentTokenizer
 
 from franca.core.errors import ConfigError
-from franca.data.indexed import HEADER, MAGIC, Dataset, Shard
+from franca.core.schedule import Stage, Timeline
+from franca.data.indexed import HEADER, MAGIC, Dataset, Shard, ShardWriter
+from franca.data.loader import DataConfig, Loader, Megatron2021Config, SourceConfig, open_plan, validation_sets
 from franca.data.prepare import PrepareConfig, TokenizerConfig, prepare
 from franca.data.sources import CorpusConfig
 from franca.data.tokenizer import END_OF_TEXT, Tokenizer
@@ -92,3 +94,44 @@ def test_the_format_before_is_refused_by_name(tmp_path):
     (tmp_path / "x.idx").write_bytes(b"TNTIDX\x00\x00" + bytes(40))
     with pytest.raises(ConfigError, match="legacy fairseq format"):
         Shard(tmp_path / "x")
+
+
+def test_a_bare_pair_of_files_is_trained_on_as_it_lies(tmp_path):
+    tokenizer = Tokenizer.train(iter(TEXTS), 300)
+    place = tmp_path / "tokenizer.json"
+    place.write_text(tokenizer.json)
+    ids = [np.append(ids, tokenizer.eos) for ids in tokenizer.encode(TEXTS)]
+    writer = ShardWriter(tmp_path / "meg_text_document", np.dtype(np.uint16))
+    writer.add(np.concatenate(ids), np.array([len(each) for each in ids]))
+    writer.commit()
+    source = SourceConfig(path=str(tmp_path / "meg_text_document"), tokenizer=str(place))
+    plan = open_plan(DataConfig(sources=(source,), seq_len=16, order=Megatron2021Config(kind="megatron-2021", samples=50)))
+    said = {"sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "bos": None, "eos": tokenizer.eos}
+    assert plan.tokenizer == said
+    assert plan.datasets[0].tokenizer_path == place
+    loader = Loader(plan.order, plan.shards, Timeline((Stage(0, 0, 5),), 16, plan.order.epoch_samples), 50)
+    rows = loader.rows(0, 50).tokens_BT
+    stream = np.concatenate(ids).tolist()
+    assert all(token in stream for token in rows.ravel())
+    assert validation_sets(plan, DataConfig(sources=(source,), seq_len=16)) == {}
+    identity = plan.datasets[0].train_hash
+    (tmp_path / "meg_text_document.bin").write_bytes(np.concatenate(ids)[::-1].astype(np.uint16).tobytes())
+    changed = open_plan(DataConfig(sources=(source,), seq_len=16)).datasets[0]
+    assert changed.train_hash != identity
+    assert changed.manifest["tokenizer"]["eos"] is None  # its documents do not end with it
+
+
+def test_a_bare_pair_says_what_is_missing_or_wrong(tmp_path):
+    place = tmp_path / "tokenizer.json"
+    place.write_text(Tokenizer.train(iter(TEXTS), 300).json)
+    writer = ShardWriter(tmp_path / "x", np.dtype(np.uint16))
+    writer.add(np.array([5, 300]), np.array([2]))
+    writer.commit()
+    given = {"path": str(tmp_path / "x"), "tokenizer": str(place)}
+    for source, message in (
+        ({"path": given["path"]}, "does not say what its tokens mean; give `tokenizer`, a tokenizer.json"),
+        (given, "holds ids from 5 to 300, but .* has 300 tokens. Give the tokenizer that it was made with"),
+        (given | {"path": str(tmp_path)}, "was given a tokenizer, but there is no .*.idx to go with it"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_plan(DataConfig(sources=(SourceConfig(**source),), seq_len=1))

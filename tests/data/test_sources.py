@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import sys
+from collections import Counter
 
 import pyarrow
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from franca.core.errors import ConfigError
-from franca.data.sources import CorpusConfig, list_files, read_documents
+from franca.data.sources import CorpusConfig, list_files, read_documents, row_groups
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 TEXT = "Häuser 語\r\nline two\n\n\x0cpage\u2028same line\n"
@@ -279,3 +280,72 @@ def test_tables_without_pyarrow_name_the_extra(tmp_path, monkeypatch):
 def test_a_column_of_one_large_text_is_read(tmp_path):
     (tmp_path / "a.csv").write_text("text\n" + "x" * 1_000_000 + "\n")
     assert [len(text) for text in read(tmp_path / "a.csv")[0]] == [1_000_000]
+
+
+ROWS = [
+    {"text": f"t{n}", "lang": lang, "score": score}
+    for n, (lang, score) in enumerate([("en", 1), ("eu", 2), ("fr", 2), ("en", 3)])
+]
+
+
+def write_rows(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif suffix == ".csv":
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, ROWS[0])
+            table.writeheader()
+            table.writerows(ROWS)
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=1)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize(
+    ("where", "texts", "dropped"),
+    [
+        ({"lang": "en"}, ["t0", "t3"], {"where lang": 2}),
+        ({"lang": ("en", "eu")}, ["t0", "t1", "t3"], {"where lang": 1}),
+        ({"lang": "en", "score": (1, 2)}, ["t0"], {"where lang": 2, "where score": 1}),
+    ],
+)
+def test_rows_are_chosen_by_their_fields_and_the_others_counted(tmp_path, suffix, where, texts, dropped):
+    counts = Counter()
+    corpus = CorpusConfig(paths=("unused",), where=where)
+    assert list(read_documents(write_rows(tmp_path, suffix), corpus, pytest.fail, counts)) == texts
+    assert counts == dropped
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_column_to_choose_by_must_be_there(tmp_path, suffix):
+    path = write_rows(tmp_path, suffix)
+    wrong = f"{path}: has no column 'language' for `where`, only text, lang, score"
+    assert read(path, where={"language": "en"}) == ([], [wrong])
+
+
+def test_plain_text_has_no_fields_to_choose_by(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ConfigError, match="is plain text, which has no fields for `where`"):
+        read(tmp_path / "a.txt", where={"lang": "en"})
+
+
+def test_text_in_a_column_that_is_not_utf_8_is_named(tmp_path):
+    column = pyarrow.array([b"one", b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    documents, (reason,) = read(tmp_path / "a.parquet")
+    assert documents == []
+    assert reason.startswith(f"{tmp_path}/a.parquet: cannot be read past row 0 ('utf-8' codec can't decode byte 0xff")
+
+
+def test_row_groups_are_found_by_their_bytes_and_read_by_their_numbers(tmp_path):
+    path = write_rows(tmp_path, ".parquet")
+    groups = row_groups(path)
+    ends = [end for _, end in groups]
+    assert len(groups) == 4
+    assert [begin for begin, _ in groups] == [4, *ends[:-1]]  # one behind the other, after the magic
+    parts = [list(read_documents(path, CorpusConfig(paths=()), pytest.fail, groups=(n, n + 1))) for n in range(4)]
+    assert parts == [["t0"], ["t1"], ["t2"], ["t3"]]
+    path.write_bytes(b"PAR1 and no more")
+    assert row_groups(path) == []

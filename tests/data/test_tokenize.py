@@ -15,11 +15,13 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from preparing import TEXTS, contents, die, is_whole, write_lines
+from pyarrow import parquet
 
 from franca.core.config import load, to_dict
 from franca.core.errors import ConfigError
@@ -343,6 +345,41 @@ def test_a_worker_without_work_goes_away_when_its_master_was_killed(tmp_path, ma
         pytest.fail("it waits for work for ever")
     prepare(make("*.jsonl"))
     assert is_whole(tmp_path / "out")
+
+
+# Parts of a large Parquet file
+
+
+def write_parquet(path, texts, group=20):
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=group, compression="none", use_dictionary=False)
+
+
+def test_a_large_parquet_file_is_many_units_and_gives_the_same_documents(tmp_path, make, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    whole = prepare(make("a.parquet", output="whole"))
+    monkeypatch.setattr(module, "UNIT_BYTES", 3000)
+    parts = prepare(make("a.parquet", output="parts"))
+    records = [json.loads(path.read_text()) for path in (parts / "units").glob("*.json")]
+    assert len(records) > 3
+    for split in ("train", "validation"):
+        tokens = [np.concatenate([s.tokens for s in Dataset(root).shards(split, "mine")]).tolist() for root in (whole, parts)]
+        assert tokens[0] == tokens[1]
+    assert {tuple(record["files"][0]["stat"]) for record in records} == {tuple(records[0]["files"][0]["stat"])}
+    assert len({record["files"][0]["sha256"] for record in records}) == len(records)
+
+
+def test_only_the_row_groups_that_changed_are_done_again(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(module, "UNIT_BYTES", 3000)
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    before = times(prepare(make("a.parquet")))
+    changed = [*TEXTS[:100], TEXTS[100].swapcase(), *TEXTS[101:]]
+    write_parquet(tmp_path / "a.parquet", changed)
+    after = times(prepare(make("a.parquet")))
+    fresh = contents(prepare(make("a.parquet", output="fresh")))
+    assert contents(tmp_path / "out") == fresh
+    assert before.keys() == after.keys()
+    redone = {name.rsplit("-", 1)[0].rsplit("/", 1)[1] for name in after if before[name] != after[name]}
+    assert len(redone) == 1
 
 
 # What changes, fails, or is odd
