@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from huggingface_hub import constants, get_async_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from franca import __version__
-from franca.core.errors import ConfigError
+from franca.core.errors import EXIT_RESUMABLE, ConfigError
 from franca.core.progress import progress
 from franca.core.run import sync_folder, write_atomically
 
@@ -62,6 +63,16 @@ class _AgainError(Exception):
     def __init__(self, cause: str, pause_s: float = 0.0) -> None:
         super().__init__(cause)
         self.pause_s = pause_s
+
+
+def bring(repo: str, folder: Path, patterns: Sequence[str], revision: str) -> tuple[str, ...]:
+    """`fetch` for a command: the same patterns, now of local files; exits as one that can be run again when the line is bad."""
+    try:
+        fetch(repo, folder, patterns, revision)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_RESUMABLE) from None
+    return tuple(f"{folder}/{pattern}" for pattern in patterns)
 
 
 def fetch(

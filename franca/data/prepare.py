@@ -23,7 +23,7 @@ from pydantic import Field
 
 from franca import __version__
 from franca.core.config import Count, config, load, to_dict
-from franca.core.errors import EXIT_RESUMABLE, ConfigError
+from franca.core.errors import ConfigError
 from franca.core.progress import progress
 from franca.core.run import write_atomically
 from franca.core.workers import end_with_parent
@@ -102,16 +102,11 @@ def _local(corpus: CorpusConfig, settings: PrepareConfig) -> CorpusConfig:
             given = f"revision {corpus.revision!r} was given without `hub`"
             raise ConfigError(f"sources: {given}; name the dataset (hub: owner/name), or leave it out")
         return corpus
-    from franca.data.hub import fetch  # a client that others need not load
+    from franca.data.hub import bring  # a client that others need not load
 
     folder = Path(settings.download_dir or f"{settings.output}.download").expanduser() / corpus.hub
-    try:
-        fetch(corpus.hub, folder, corpus.paths, corpus.revision)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_RESUMABLE) from None
     exclude = tuple(f"{folder}/{pattern}" for pattern in corpus.exclude)
-    return replace(corpus, paths=tuple(f"{folder}/{pattern}" for pattern in corpus.paths), exclude=exclude)
+    return replace(corpus, paths=bring(corpus.hub, folder, corpus.paths, corpus.revision), exclude=exclude)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, NamedTuple
+from typing import IO, Annotated, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import orjson
@@ -43,7 +43,7 @@ from franca.core.progress import progress
 from franca.core.run import sync_folder, write_atomically
 from franca.core.workers import end_with_parent
 from franca.data.order import hash64
-from franca.data.sources import UNREADABLE, CorpusConfig, OnBad, open_file, read_documents
+from franca.data.sources import UNREADABLE, CorpusConfig, OnBad, kind_of, open_file, read_documents
 
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
@@ -69,12 +69,18 @@ def parse_bytes(size: Any) -> int:
 
 @config
 class ShuffleConfig:
-    """`franca prepare shuffle`: JSON lines and text files (plain, .gz, .zst) into shuffled chunks of JSON lines."""
+    """`franca prepare shuffle`: files of documents, of any format, into shuffled chunks of JSON lines.
+
+    Lines of JSON are kept as they are; of tables and plain text the text is kept.
+    """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # of the output files: <name>.chunk.NN.jsonl, <name>.val.jsonl
     paths: Annotated[tuple[str, ...], Field(min_length=1)]  # globs, `**` for any depth
     final_dir: str  # where the chunks go; may be slow
     tmp_dir: str  # a fast disk with room for all text and `workers` chunks; the work is in its folder <name>.shuffle
+    hub: str | None = None  # `owner/name` of a Hugging Face dataset: `paths` of it are brought to <name>.download in tmp_dir
+    revision: str = "main"
+    field: str | None = None  # the column of tables; None: `text`, else `content`
     memory: Annotated[int, BeforeValidator(parse_bytes)]  # of all workers together
     num_chunks: Count = 32
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -156,8 +162,14 @@ def shuffle(settings: ShuffleConfig) -> Path:
 
 
 def _list_files(settings: ShuffleConfig) -> dict[str, Path]:
-    paths: set[Path] = set()
-    for pattern in settings.paths:
+    patterns, paths = settings.paths, set[Path]()
+    if settings.hub is not None:
+        from franca.data.hub import bring  # a client that others need not load
+
+        patterns = bring(
+            settings.hub, Path(settings.tmp_dir).expanduser() / f"{settings.name}.download", patterns, settings.revision
+        )
+    for pattern in patterns:
         found = [file for file in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(file)]
         if not found:
             raise ConfigError(f"paths: {pattern!r} matches no file. Is the path right, seen from {os.getcwd()}?")
@@ -171,7 +183,9 @@ def _plan(work: Work) -> Facts:
     for path in work.files.values():
         if path.parent == work.final or path.is_relative_to(work.folder):
             raise ConfigError(f"paths: {path} lies where the shuffle writes. Keep inputs and outputs apart")
-    facts = {key: getattr(work.settings, key) for key in ("name", "seed", "num_chunks", "validation_share", "documents")}
+    facts = {
+        key: getattr(work.settings, key) for key in ("name", "seed", "num_chunks", "validation_share", "documents", "field")
+    }
     stats = {name: path.stat() for name, path in work.files.items()}
     files = {name: {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats.items()}
     return {"format": 1, **facts, "files": files}
@@ -334,17 +348,34 @@ def _scatter(work: Work, name: str) -> Facts:
 
 
 def _open_lines(path: Path, work: Work, on_bad: OnBad) -> IO[bytes]:
-    """JSON lines as they are; the documents of plain text, all in memory, as JSON lines."""
-    size, packed = path.stat().st_size, path.suffix in (".gz", ".zst")
-    if (path.with_suffix("") if packed else path).suffix in (".jsonl", ".ndjson", ".json"):
+    """JSON lines as they are; other documents as JSON lines."""
+    corpus = CorpusConfig(paths=(), field=work.settings.field, documents=work.settings.documents)
+    kind, size = kind_of(path, corpus), path.stat().st_size
+    if kind == "jsonl":
         if size == 0:
             on_bad(f"{path}: is an empty file")
         return open_file(path)
-    if (needed := size * (40 if packed else 8)) > work.limit:
+    needed = size * (40 if path.suffix in (".gz", ".zst") else 8)
+    if kind == "text" and work.settings.documents == "file" and needed > work.limit:
         advice = f"Make JSON lines of it, or set memory to {2 * work.settings.workers * needed:,} bytes"
         raise ConfigError(f"{path}: is too much plain text to be held at once. {advice}")
-    texts = read_documents(path, CorpusConfig(paths=(), format="text", documents=work.settings.documents), on_bad)
-    return io.BytesIO(b"".join(orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE) for text in texts))
+    return cast(IO[bytes], _JsonLines(read_documents(path, corpus, on_bad)))
+
+
+class _JsonLines(io.RawIOBase):
+    """Documents as a stream of JSON lines."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self.texts, self.line = texts, memoryview(b"")
+
+    def readinto(self, buffer: Any) -> int:
+        if not self.line:
+            text = next(self.texts, None)
+            self.line = memoryview(b"" if text is None else orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE))
+        count = min(len(buffer), len(self.line))
+        buffer[:count] = self.line[:count]
+        self.line = self.line[count:]
+        return count
 
 
 def _read_lines(path: Path, work: Work, on_bad: OnBad) -> Iterator[tuple[int, Text, Ints]]:

@@ -1,5 +1,6 @@
 """A shuffle in bounded memory is the sort that it claims to be, whatever happens to it on the way."""
 
+import csv
 import gzip
 import hashlib
 import itertools
@@ -16,9 +17,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import yaml
 from backports import zstd
+from pyarrow import parquet
 
 from franca.core.config import check, to_dict
 from franca.core.errors import ConfigError
@@ -474,3 +477,17 @@ def test_the_command_reads_its_file_and_words(tmp_path, corpus, capsys):
     for word in ("memory=4", "memory=lots", "memory=true"):
         with pytest.raises(ConfigError, match="memory"):
             main(tmp_path / "shuffle.yaml", [word])
+
+
+def test_tables_become_json_lines_of_their_text_whatever_the_memory(tmp_path, make):
+    texts = [f"{n} " + " ".join(WORDS[n : n + 30]) for n in range(4000)]
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pyarrow.table({"text": texts[:2500], "id": range(2500)}), tmp_path / "in" / "a.parquet")
+    with (tmp_path / "in" / "b.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "text"], *enumerate(texts[2500:])])
+    outputs = [shuffle(make(f"out{n}", memory=memory)) for n, memory in enumerate((2 * MB, 100 * MB))]
+    chunks = [{path.name: path.read_bytes() for path in output.glob("*.jsonl")} for output in outputs]
+    assert chunks[0] == chunks[1]
+    lines = [json.loads(line) for content in chunks[0].values() for line in content.splitlines()]
+    assert sorted(line["text"] for line in lines) == sorted(texts)
+    assert {tuple(line) for line in lines} == {("text",)}
