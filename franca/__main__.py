@@ -41,14 +41,20 @@ def demo(
     raise typer.Exit(_call("franca.demo:main", folder, steps))
 
 
-@app.command(epilog="Example: franca prepare data.yaml workers=8 (or: prepare shuffle text.yaml, or: prepare mix mix.yaml)")
+@app.command(
+    epilog="Examples: franca prepare data.yaml workers=8 · prepare shuffle text.yaml · prepare tokenizer llama3 llama3.json"
+)
 def prepare(
-    file: Annotated[Path, typer.Argument(metavar="[shuffle|mix] DATA.YAML", help="What to prepare.")], words: Words = None
+    file: Annotated[Path, typer.Argument(metavar="[shuffle|mix|tokenizer] DATA.YAML", help="What to prepare.")],
+    words: Words = None,
 ) -> None:
     """Text to a dataset: a tokenizer, token shards, a held-out set. `shuffle`: all documents into one random order first.
-    `mix`: prepared datasets and weights into one dataset.
+    `mix`: prepared datasets and weights into one dataset. `tokenizer`: one by its name or file, or trained on DATA.YAML.
     """
     given, module = list(words or []), "prepare"
+    if str(file) == "tokenizer":
+        _call("franca.data.prepare:make_tokenizer", given)
+        return
     if str(file) in ("shuffle", "mix"):
         if not given:
             raise ConfigError(f"franca prepare {file}: which settings? For example: franca prepare {file} {file}.yaml")
@@ -92,9 +98,13 @@ def sample(
     words: Words = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be repeated.")] = None,
     precision: Precision = "fp32",
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL: objects with a `prompt`, perhaps `max_new_tokens`, and what else is to be kept.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL to make: the same with the answers. If killed, run it again.")] = None,
 ) -> None:
-    """Let a model continue a text (from -p, or from standard input)."""
-    _call("franca.infer.sample:main", source, prompt or [], words or [], precision)
+    """Let a model continue a text (from -p, from a file, or from standard input)."""
+    _call("franca.infer.sample:main", source, prompt or [], words or [], precision, prompts, out)
 
 
 @app.command(epilog="Example: franca export runs/mine my-model --precision bf16")

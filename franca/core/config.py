@@ -55,7 +55,7 @@ class Choice:
         if Choice in cls.__bases__:
             cls.members = {}
         elif "kind" in cls.__annotations__:
-            cls.members[typing.get_args(cls.__annotations__["kind"])[0]] = cls
+            cls.members |= dict.fromkeys(typing.get_args(cls.__annotations__["kind"]), cls)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
@@ -152,13 +152,13 @@ def _explain(cls: Any, problem: Any) -> str:
     given, kind, context = problem["input"], problem["type"], problem.get("ctx", {})
     if kind == "unexpected_keyword_argument":
         known = sorted(field.name for field in dataclasses.fields(section))
-        return f"{path}: unknown key" + (_did_you_mean(problem["loc"][-1], known) or f" (known here: {', '.join(known)})")
+        return f"{path}: unknown key" + (did_you_mean(problem["loc"][-1], known) or f" (known here: {', '.join(known)})")
     if kind == "missing":
         return f"{path}: is required and was not given"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         allowed, name = sorted(section.members), given.get("kind")
         wrong = "is required and was not given;" if name is None else f"{name!r} is not"
-        return f"{path}.kind: {wrong} one of {', '.join(allowed)}{_did_you_mean(name, allowed)}"
+        return f"{path}.kind: {wrong} one of {', '.join(allowed)}{did_you_mean(name, allowed)}"
     if kind == "value_error":
         return f"{path}: {context['error']}"
     if kind == "literal_error":
@@ -166,7 +166,7 @@ def _explain(cls: Any, problem: Any) -> str:
     return f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {given!r} ({type(given).__name__})"
 
 
-def _did_you_mean(word: Any, known: Sequence[str]) -> str:
+def did_you_mean(word: Any, known: Sequence[str]) -> str:
     return "".join(f" (did you mean {close!r}?)" for close in difflib.get_close_matches(str(word), known, n=1))
 
 

@@ -5,15 +5,19 @@ missing, and the bytes are the same. A folder is a dataset from the moment its m
 """
 
 import fcntl
+import hashlib
+import io
 import json
 import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,11 +31,12 @@ from franca.core.errors import ConfigError
 from franca.core.progress import progress
 from franca.core.run import write_atomically
 from franca.core.workers import end_with_parent
-from franca.data import tokenize
+from franca.data import tokenize, tokenizer_formats
 from franca.data.indexed import Dataset
-from franca.data.sources import CorpusConfig, kind_of, list_files, read_documents, row_groups
+from franca.data.sources import CorpusConfig, kind_of, list_files, row_groups
 from franca.data.tokenize import SPLITS, Policy, Unit, is_held_out
 from franca.data.tokenizer import Tokenizer
+from franca.data.tokenizer_formats import named, open_tokenizer
 
 UNIT_BYTES = 64_000_000  # files smaller than this are prepared together
 
@@ -40,9 +45,10 @@ Files = dict[str, list[Path]]  # of every source
 
 @config
 class TokenizerConfig:
-    """`path` of a `tokenizer.json`, or, without it, the size of one to train on the training documents."""
+    """A tokenizer by its path (tokenizer.json, SentencePiece model, tiktoken file) or its name; or the size of one to train."""
 
     path: str | None = None
+    name: str | None = None  # bytes, gpt2, llama2, llama3, gemma, or one of tiktoken's
     vocab_size: Annotated[int, Field(ge=257)] = 8192  # 256 bytes and one special token
     train_bytes: Count = 200_000_000  # of text, at most, that a tokenizer is trained on
 
@@ -88,10 +94,11 @@ def prepare(settings: PrepareConfig) -> Path:
         )
         tokenizer.encode_flat([], settings.add_bos, settings.add_eos)  # refuses what it has no token for
         units = [unit for name, paths in files.items() for unit in _units(name, corpora[name], paths)]
+        units = [unit for name in files for unit in _marked(root, [u for u in units if u.source == name], policy, settings)]
         records = _finish(root, units, policy, settings.workers)
         manifest = _manifest(settings, tokenizer, files, [(u.source, record) for u, record in zip(units, records, strict=True)])
         write_atomically(root / "manifest.json", json.dumps(manifest, indent=2))
-        _sweep(root, manifest, {unit.id(policy) for unit in units})
+        _sweep(root, manifest, units, policy)
     return root
 
 
@@ -156,6 +163,32 @@ def _row_group_units(name: str, corpus: CorpusConfig, path: Path) -> Iterator[Un
             first = last
     if not groups:
         yield Unit(name, corpus, (path,), path.stat().st_size)
+
+
+def _marked(root: Path, units: list[Unit], policy: Policy, settings: PrepareConfig) -> list[Unit]:
+    """The units of a source, with the copies among their documents marked if they are to be left out."""
+    kind = units[0].corpus.deduplicate
+    if kind is None:
+        return units
+    from franca.data.deduplicate import duplicates  # which others need not load
+
+    facts = [[unit.id(policy), _facts({unit.source: list(unit.files)})] for unit in units]
+    folder = root / "units" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.copies"
+    found = duplicates(kind, [partial(_kept, unit, policy.skip_bad) for unit in units], folder, settings.workers)
+    marked = []
+    for number, (unit, places) in enumerate(zip(units, found, strict=True)):
+        path, content = folder / f"{number}.npy", io.BytesIO()
+        np.save(content, places, allow_pickle=False)
+        write_atomically(path, content.getvalue())
+        marked.append(replace(unit, copies=(path, hashlib.sha256(content.getvalue()).hexdigest())))
+    return marked
+
+
+def _kept(unit: Unit, skip_bad: bool) -> Iterator[str]:
+    """The documents of a unit behind its filters; bad ones are reported when the unit is prepared, if they may be skipped."""
+    return tokenize.documents(
+        unit, (lambda reason: None) if skip_bad else tokenize.refuse, Counter(), tokenize.filters_of(unit.corpus)
+    )
 
 
 def _finish(root: Path, units: list[Unit], policy: Policy, workers: int) -> list[dict[str, Any]]:
@@ -229,10 +262,16 @@ def _in_worker(root: Path, unit: Unit, policy: Policy) -> dict[str, Any]:
 def _tokenizer(settings: PrepareConfig, files: Files, root: Path) -> Tokenizer:
     """The tokenizer that is given, or one trained on the documents; the same again when the command is run again."""
     wanted, path = settings.tokenizer, root / "tokenizer.json"
-    made_from = json.dumps([to_dict(wanted), settings.validation_share, _facts(files) if wanted.path is None else None])
+    if wanted.path and wanted.name:
+        raise ConfigError(f"tokenizer: give a path ({wanted.path}) or a name ({wanted.name}), not both")
+    trained = wanted.path is None and wanted.name is None
+    made_from = json.dumps([to_dict(wanted), settings.validation_share, _facts(files) if trained else None])
     if path.exists() and (root / "units" / "tokenizer").read_text() == made_from and wanted.path is None:
         return Tokenizer.load(path)
-    tokenizer = Tokenizer.load(Path(wanted.path).expanduser()) if wanted.path else _train(settings, files)
+    if wanted.path:
+        tokenizer = open_tokenizer(Path(wanted.path).expanduser())
+    else:
+        tokenizer = named(wanted.name) if wanted.name else _train(settings, files)
     same = path.exists() and path.read_text(encoding="utf-8") == tokenizer.json
     if not same:  # from here on until the end there is no dataset
         (root / "manifest.json").unlink(missing_ok=True)
@@ -247,6 +286,20 @@ def _facts(files: Files) -> list[Any]:
     return [[name, str(path), path.stat().st_size, path.stat().st_mtime_ns] for name, paths in files.items() for path in paths]
 
 
+def make_tokenizer(words: list[str]) -> None:
+    """The command `franca prepare tokenizer`."""
+    tokenizer_formats.main(words, _train_by)
+
+
+def _train_by(path: Path, words: list[str]) -> Tokenizer:
+    """The tokenizer that a preparation of these settings would train."""
+    settings = load(PrepareConfig, path, words)
+    if settings.tokenizer.path or settings.tokenizer.name:
+        raise ConfigError(f"{path}: names a tokenizer (path or name); leave it out to train one, or name it in place of {path}")
+    corpora = {name: _local(corpus, settings) for name, corpus in settings.sources.items()}
+    return _train(settings, {name: list_files(name, corpus) for name, corpus in corpora.items()})
+
+
 def _train(settings: PrepareConfig, files: Files) -> Tokenizer:
     texts = _training_texts(settings, files)
     first = next(texts, None)
@@ -258,14 +311,10 @@ def _train(settings: PrepareConfig, files: Files) -> Tokenizer:
 def _training_texts(settings: PrepareConfig, files: Files) -> Iterator[str]:
     """Training documents up to `train_bytes`; the last is cut: one book may be longer than the limit."""
 
-    def on_bad(reason: str) -> None:
-        if settings.on_bad_document == "error":
-            raise ConfigError(f"{reason}. Mend it, or set on_bad_document: skip to leave such documents out and count them.")
-
     left = total = min(settings.tokenizer.train_bytes, sum(path.stat().st_size for paths in files.values() for path in paths))
     with progress("tokenizer: reading", total) as show:
         for name, paths in files.items():
-            for text in chain.from_iterable(read_documents(path, settings.sources[name], on_bad) for path in paths):
+            for text in _kept(Unit(name, settings.sources[name], tuple(paths), 0), settings.on_bad_document == "skip"):
                 if not is_held_out(text, settings.validation_share):
                     content = text.encode()[:left]
                     yield content.decode(errors="ignore")
@@ -298,9 +347,14 @@ def _manifest(
     }
 
 
-def _sweep(root: Path, manifest: dict[str, Any], units: set[str]) -> None:
+def _sweep(root: Path, manifest: dict[str, Any], units: list[Unit], policy: Policy) -> None:
     """Remove what an earlier state of the sources, or a killed attempt, left behind."""
-    kept = {root / "units" / f"{unit}.json" for unit in units} | {root / "units" / ".lock", root / "units" / "tokenizer"}
+    kept = {root / "units" / f"{unit.id(policy)}.json" for unit in units} | {
+        root / "units" / ".lock",
+        root / "units" / "tokenizer",
+    }
+    for path in {unit.copies[0] for unit in units if unit.copies}:
+        kept |= {path, path.with_name("exact.npz"), path.with_name("minhash.npz")}
     for name, entry in manifest["sources"].items():
         for split in SPLITS:
             places = [root / split / name / shard["name"] for shard in entry[split]["shards"]]

@@ -22,6 +22,7 @@ from backports import zstd
 
 from franca.core.config import config
 from franca.core.errors import ConfigError
+from franca.data.filters import FilterConfig
 
 FIELDS = ("text", "content")
 SUFFIXES = {
@@ -48,6 +49,8 @@ class CorpusConfig:
     field: str | None = None  # of a JSON line, or the column; None: `text`, else `content`
     where: dict[str, Plain | tuple[Plain, ...]] = dataclasses.field(default_factory=dict)  # rows to read: {lang: [en, eu]}
     documents: Literal["file", "paragraph", "line"] = "file"
+    filters: tuple[FilterConfig, ...] = ()  # one after the other
+    deduplicate: Literal["exact", "minhash"] | None = None  # among the documents of this corpus, after the filters
 
 
 OnBad = Callable[[str], None]

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from numpy.typing import NDArray
 
 from franca.core.errors import ConfigError
 from franca.core.run import sync_folder, write_atomically
+from franca.data.filters import Filters
 from franca.data.indexed import ShardWriter, token_dtype
-from franca.data.sources import CorpusConfig, Groups, read_documents
+from franca.data.sources import CorpusConfig, Groups, OnBad, read_documents
 from franca.data.tokenizer import Tokenizer
 
 FORMAT = 2  # of what a unit writes: raised when the same input gives other bytes
@@ -55,13 +57,51 @@ class Unit:
     num_bytes: int
     groups: Groups | None = None  # of a large Parquet file: the row groups [first, last) of it
     span: tuple[int, int] | None = None  # their bytes [begin, end)
+    copies: tuple[Path, str] | None = None  # the places of copies of other documents, in a .npy file, and its SHA-256
 
     def id(self, policy: Policy) -> str:
         """Names the unit's record and shards: the same files read in the same way."""
         c = self.corpus
-        reading = [c.format, c.field, c.documents, dict(c.where), self.groups, self.span]
+        reading: list[Any] = [c.format, c.field, c.documents, dict(c.where), repr(c.filters), self.groups, self.span]
+        reading += [self.copies and self.copies[1], _versions() if c.filters or c.deduplicate else None]
         what = [FORMAT, self.source, list(map(str, self.files)), reading, repr(policy)]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+@lru_cache
+def _versions() -> list[str]:
+    """Of the packages that decide which documents are kept."""
+    return [f"{d.name} {d.version}" for name in ("datatrove", "spacy") for d in metadata.distributions(name=name)]
+
+
+def filters_of(corpus: CorpusConfig) -> Filters:
+    """Built once for each process: some need seconds to load."""
+    return _filters(corpus.filters)
+
+
+_filters = lru_cache(Filters)
+
+
+def refuse(reason: str) -> None:
+    """What becomes of a bad document unless such ones are skipped."""
+    raise ConfigError(f"{reason}. Mend it, or set on_bad_document: skip to leave such documents out and count them.")
+
+
+def documents(unit: Unit, on_bad: OnBad, dropped: Counter[str], filters: Filters) -> Iterator[str]:
+    """The documents of a unit that are kept; the others are counted in `dropped`, by reason."""
+    copies = np.empty(0, np.int64) if unit.copies is None else np.load(unit.copies[0], allow_pickle=False)
+    number = 0
+    for text in chain.from_iterable(read_documents(path, unit.corpus, on_bad, dropped, unit.groups) for path in unit.files):
+        kept, reason = filters.apply(text)
+        if kept is None:
+            dropped[reason] += 1
+            continue
+        is_copy = bool(len(copies)) and copies[min(copies.searchsorted(number), len(copies) - 1)] == number
+        number += 1
+        if is_copy:
+            dropped[f"deduplicate: {unit.corpus.deduplicate}"] += 1
+        else:
+            yield kept
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -124,15 +164,15 @@ def run(root: Path, unit: Unit, policy: Policy, tick: Callable[[int], None]) -> 
 
     def skip(reason: str) -> None:
         if not policy.skip_bad:
-            raise ConfigError(f"{reason}. Mend it, or set on_bad_document: skip to leave such documents out and count them.")
+            refuse(reason)
         skipped.append(reason)
 
-    texts = chain.from_iterable(read_documents(path, unit.corpus, skip, dropped, unit.groups) for path in unit.files)
+    filters = filters_of(unit.corpus)
     try:
-        for number, batch in enumerate(_batches(texts)):
+        for number, batch in enumerate(_batches(documents(unit, skip, dropped, filters))):
             if number == 0:
                 tokenizer.accelerate(_sample(batch))
-            tick(_add(batch, tokenizer, policy, splits))
+            tick(_add(batch, tokenizer, policy, splits, filters, dropped))
         for written in splits.values():
             written.close()
     finally:
@@ -180,19 +220,32 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _add(batch: list[str], tokenizer: Tokenizer, policy: Policy, splits: dict[str, "_Split"]) -> int:
+def _add(
+    batch: list[str],
+    tokenizer: Tokenizer,
+    policy: Policy,
+    splits: dict[str, "_Split"],
+    filters: Filters,
+    dropped: Counter[str],
+) -> int:
     """The documents of a batch, each to its split; returns how many tokens they have."""
     contents = [text.encode() for text in batch]
     draws = [_draw(content) for content in contents]
     held_out = np.array([_is_below(draw, policy.validation_share) for draw in draws])
     ids, lengths = tokenizer.encode_flat(batch, policy.add_bos, policy.add_eos)
     sizes = np.fromiter(map(len, contents), np.int64, len(contents))
-    for split, mine in (("train", ~held_out), ("validation", held_out)):
+    few = lengths < filters.min_tokens
+    many = lengths > filters.max_tokens if filters.max_tokens is not None else np.zeros_like(few)
+    kept = ~(few | many)
+    for reason, those in ((f"fewer than {filters.min_tokens:,}", few), (f"more than {filters.max_tokens or 0:,}", many)):
+        if those.any():
+            dropped[f"length: {reason} tokens"] += int(those.sum())
+    for split, mine in (("train", ~held_out & kept), ("validation", held_out & kept)):
         if mine.any():
             of_split = ids if mine.all() else ids[np.repeat(mine, lengths)]
             splits[split].add(of_split, lengths[mine], int(sizes[mine].sum()))
-    for text, draw, out in zip(batch, draws, held_out.tolist(), strict=True):
-        if draw % EXAMINED == 0:
+    for text, draw, out, stays in zip(batch, draws, held_out.tolist(), kept.tolist(), strict=True):
+        if draw % EXAMINED == 0 and stays:
             splits["validation" if out else "train"].examine(text)
     return len(ids)
 

@@ -22,9 +22,20 @@ Ids = NDArray[np.uint32]
 
 END_OF_TEXT = "<|endoftext|>"
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
-# Where backends have differed: special tokens written out, white space, what is no letter.
-_TRAPS = (f"a{END_OF_TEXT}b {END_OF_TEXT}", "<|begin_of_text|><s></s>[EOS]", " \t\n\r\n  x  ", "e\u0301 \ufeff\u200d語🎈\x00")
 _EOS_NAMES = ("<|end_of_text|>", END_OF_TEXT, "</s>", "<eos>", "[EOS]")
+
+# Where backends have differed: special tokens written out, white space, what is no letter, long runs.
+TRAPS = (
+    f"a{END_OF_TEXT}b {END_OF_TEXT}",
+    " \t\n\r\n  x  \u00a0\u2003\u2028\x85\v ",
+    "e\u0301 \ufeff\u200d語🎈👩\u200d👩\u200d👧\x00 \u1100\u1161 \uff46\u0301 ﬁ ①",
+    "<|begin_of_text|><s></s>[EOS]<unk><0x41>",
+    "I'll DON'T we\u2019ve it'S'\u017f 1234567 3.14 ٣٤ ⅷ x²\n\n\tdef f(x):\r\n\r\n  return 1/2/",
+    "日本語の文章、한국어 Ελληνικά ÀÉÎ ǅ ขอบคุณ हिन्दी ▁ ▁▁",
+    *(sign * length for sign in " x1\nž-▁" for length in (2, 7, 100, 1000)),
+    " ",
+    "\x00",
+)
 
 
 class Tokenizer:
@@ -134,10 +145,10 @@ class Tokenizer:
     def accelerate(self, sample: Sequence[str]) -> bool:
         """Encode with fastokens from now on if it is installed and has the same ids for `sample`; says whether."""
         self.fast, wrong = None, ""
-        expected = self.encode_flat([*sample, *_TRAPS])
+        expected = self.encode_flat([*sample, *TRAPS])
         try:
             self.fast = self._fastokens
-            ids, lengths = self.encode_flat([*sample, *_TRAPS])
+            ids, lengths = self.encode_flat([*sample, *TRAPS])
             same = np.array_equal(ids, expected[0]) and np.array_equal(lengths, expected[1])
             wrong = "" if same else "it gives other ids"
         except Exception as error:  # a tokenizer that it does not know

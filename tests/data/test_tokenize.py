@@ -27,6 +27,7 @@ from franca.core.config import load, to_dict
 from franca.core.errors import ConfigError
 from franca.data import prepare as module
 from franca.data import sources, tokenize
+from franca.data.filters import LengthConfig, RegexConfig
 from franca.data.indexed import Dataset, ShardWriter
 from franca.data.prepare import PrepareConfig, TokenizerConfig, main, prepare
 from franca.data.sources import CorpusConfig
@@ -660,3 +661,69 @@ def test_the_shards_of_a_unit_appear_only_when_all_are_there(one_unit, monkeypat
     tokenize.run(root, unit, Policy(*[*list(vars(policy).values())[:4], 500, False]), lambda tokens: None)
     assert len(seen) > 5
     assert not any(seen)
+
+
+# Filters and copies
+
+
+def documents_of(root, split="train"):
+    tokenizer = Tokenizer.load(root / "tokenizer.json")
+    shards = Dataset(root).shards(split, "mine")
+    ends = [np.split(shard.tokens, np.cumsum(shard.document_lengths)[:-1]) for shard in shards]
+    return [tokenizer.decode(ids[:-1].tolist()) for documents in ends for ids in documents]
+
+
+FILTERED = [f"{n}: {'word ' * (n % 40)}" for n in range(120)]
+LENGTHS = [LengthConfig(min_characters=30, max_tokens=90), RegexConfig(pattern="^1[0-9]:")]
+
+
+def test_filters_drop_what_they_say_and_every_reason_is_counted(tmp_path, make, capfd):
+    write_lines(tmp_path / "a.jsonl", FILTERED)
+    root = prepare(make("a.jsonl", corpus={"filters": tuple(LENGTHS)}, validation_share=0.0))
+    ids = Tokenizer.load(root / "tokenizer.json").encode(FILTERED)
+    long = [len(text) >= 30 for text in FILTERED]
+    tens = [text[:2].isdigit() and text[0] == "1" and text[2] == ":" for text in FILTERED]
+    many = [len(each) + 1 > 90 for each in ids]  # EOS counts
+    kept = [t for t, a, b, c in zip(FILTERED, long, tens, many, strict=True) if a and not b and not c]
+    assert documents_of(root) == kept
+    dropped = Dataset(root).manifest["sources"]["mine"]["dropped"]
+    assert dropped == {
+        "length: fewer than 30 characters": long.count(False),
+        "regex: matches ^1[0-9]:": sum(a and b for a, b in zip(long, tens, strict=True)),
+        "length: more than 90 tokens": sum(a and not b and c for a, b, c in zip(long, tens, many, strict=True)),
+    }
+    assert all(dropped.values())
+    main_path = tmp_path / "data.yaml"
+    main_path.write_text(yaml.safe_dump(json.loads(json.dumps(to_dict(make("a.jsonl", corpus={"filters": tuple(LENGTHS)}))))))
+    main(main_path, [])
+    assert f"mine: {long.count(False)} document(s) left out by length: fewer than 30 characters" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_copies_in_any_file_are_left_out_but_for_the_first(tmp_path, make, monkeypatch, workers):
+    monkeypatch.setattr(module, "UNIT_BYTES", 1500)
+    rng = random.Random(SEED)
+    texts = [rng.choice(TEXTS[:60]) for _ in range(200)]
+    for number in range(8):
+        write_lines(tmp_path / f"{number}.jsonl", texts[number * 25 :][:25])
+    settings = {"corpus": {"deduplicate": "exact", "filters": (RegexConfig(pattern="^x$"),)}, "validation_share": 0.0}
+    root = prepare(make("*.jsonl", workers=workers, **settings))
+    assert len(list((root / "units").glob("*.json"))) > 3
+    kept = [text for text in dict.fromkeys(texts) if text != "x"]
+    assert documents_of(root) == kept
+    dropped = Dataset(root).manifest["sources"]["mine"]["dropped"]
+    assert dropped["deduplicate: exact"] == len(texts) - texts.count("x") - len(kept)
+    before = times(root)
+    prepare(make("*.jsonl", workers=workers, **settings))
+    assert times(root) == before
+    write_lines(tmp_path / "0.jsonl", ["something new", *texts[1:25]])  # the first copy of texts[0] is elsewhere now
+    again = contents(prepare(make("*.jsonl", workers=workers, **settings)))
+    assert documents_of(root) == [text for text in dict.fromkeys(["something new", *texts[1:]]) if text != "x"]
+    assert again == contents(prepare(make("*.jsonl", output="fresh", **settings)))
+
+
+def test_a_tokenizer_is_trained_on_what_the_filters_leave(tmp_path, make):
+    write_lines(tmp_path / "a.jsonl", [*TEXTS, *["ZZZZZZZZ " * 50] * 50])
+    without = {"filters": (RegexConfig(pattern="ZZZZ"),)}
+    root = prepare(make("a.jsonl", corpus=without, tokenizer=TokenizerConfig(vocab_size=300)))
+    assert "ZZ" not in (root / "tokenizer.json").read_text()
