@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/run
 	$(BIN)/franca demo $(DEMO)
 
-test: check
+test: check .venv/slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=8
 
 check: .venv/dev
@@ -36,3 +36,16 @@ clean:
 .venv/dev: .venv/run
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# A Slurm for the tests: where the machine has none, the packages of Debian or Ubuntu are unpacked here, not installed.
+SLURM := slurmctld slurmd slurm-client slurm-wlm-basic-plugins
+APT = apt-get -qq -o Dir::State::lists="$(CURDIR)/$@.new/apt/lists" -o Dir::Cache="$(CURDIR)/$@.new/apt"
+.venv/slurm:
+	rm -rf $@.new && mkdir -p $@.new/apt/lists/partial $@.new/apt/archives/partial
+	set -e; PATH=$$PATH:/usr/sbin:/sbin; command -v slurmctld && exit; cd $@.new/apt; \
+	command -v apt-get || { echo 'No Slurm, and no apt to get it: install slurmctld, slurmd and their commands.'; exit 1; }; \
+	$(APT) update; \
+	$(APT) download $(SLURM) $$($(APT) -s install --no-install-recommends $(SLURM) | sed -n 's/^Inst \(lib[^ ]*\) .*/\1/p'); \
+	for package in *.deb; do dpkg -x $$package ..; done; \
+	for file in ../usr/sbin/*-wlm; do ln -s $$(basename $$file) $${file%-wlm}; done
+	rm -rf $@.new/apt && mv $@.new $@

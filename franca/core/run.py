@@ -30,6 +30,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.strerror:
+            error.filename = str(path)  # which a failed write does not name
+        raise
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)

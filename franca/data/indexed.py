@@ -41,7 +41,9 @@ _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 where every id fits, int32 otherwise."""
+    """uint16 where every id fits, int32 otherwise. Raises ConfigError where that is too small as well."""
+    if vocab_size > 2**31:
+        raise ConfigError(f"tokenizer: its highest id is {vocab_size - 1:,}, but ids must be below {2**31:,}. Number them anew")
     return np.dtype(np.uint16 if vocab_size <= 65536 else np.int32)
 
 
@@ -151,6 +153,9 @@ class ShardWriter:
 
     def add(self, tokens: NDArray[Any], lengths: NDArray[np.integer[Any]]) -> None:
         """Append documents: their token ids back to back, and how many each has; empty ones are kept."""
+        if (longest := int(lengths.max(initial=0))) >= 2**31:
+            advice = "Cut the text, for example with documents: paragraph"
+            raise ConfigError(f"{self.prefix}: a document of {longest:,} tokens is longer than an index can say. {advice}")
         content = tokens.astype(self.dtype, casting="unsafe").data
         self.hash.update(content)
         self.file.write(content)

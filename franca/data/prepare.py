@@ -8,13 +8,10 @@ import fcntl
 import hashlib
 import io
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,11 +24,12 @@ from pydantic import Field
 
 from franca import __version__
 from franca.core.config import Count, config, load, to_dict
-from franca.core.errors import ConfigError
+from franca.core.errors import ConfigError, disk_errors
 from franca.core.progress import progress
 from franca.core.run import write_atomically
-from franca.core.workers import end_with_parent
-from franca.data import tokenize, tokenizer_formats
+from franca.core.workers import wait_for_workers
+from franca.data import executor, tokenize, tokenizer_formats
+from franca.data.executor import ExecutorConfig, LocalExecutor, Work
 from franca.data.indexed import Dataset
 from franca.data.sources import CorpusConfig, kind_of, list_files, row_groups
 from franca.data.tokenize import SPLITS, Policy, Unit, is_held_out
@@ -65,7 +63,8 @@ class PrepareConfig:
     add_eos: bool = True
     shard_tokens: Count = 1_000_000_000
     on_bad_document: Literal["error", "skip"] = "error"
-    workers: Count = 1  # processes
+    workers: Count = 1  # units at once
+    executor: ExecutorConfig = LocalExecutor()
     download_dir: str | None = None  # for the files of the hub; None: beside the output
 
 
@@ -75,11 +74,22 @@ def main(path: Path, words: list[str]) -> None:
 
 
 def prepare(settings: PrepareConfig) -> Path:
-    """Make the dataset folder of `settings`, or finish it; returns its path. Raises ConfigError for what cannot be read."""
+    """Make the dataset folder of `settings`, or finish it; returns its path.
+
+    Raises ConfigError for what cannot be read or written; after any end it goes on where it was.
+    """
     root = Path(settings.output).expanduser()
+    with disk_errors(root):
+        _prepare(settings, root)
+    return root
+
+
+def _prepare(settings: PrepareConfig, root: Path) -> None:
+    if settings.download_dir is not None and all(corpus.hub is None for corpus in settings.sources.values()):
+        raise ConfigError("download_dir: was given, but no source is of the hub (hub: owner/name). Leave it out")
     corpora = {name: _local(corpus, settings) for name, corpus in settings.sources.items()}
     files = {name: list_files(name, corpus) for name, corpus in corpora.items()}
-    if root.exists() and not (root / "units").is_dir() and not (root.is_dir() and not any(root.iterdir())):
+    if root.exists() and not (root.is_dir() and _is_ours(root)):
         raise ConfigError(f"{root}: exists and is no dataset of franca. Remove it, or choose another output.")
     (root / "units").mkdir(parents=True, exist_ok=True)
     with _alone(root):
@@ -95,11 +105,15 @@ def prepare(settings: PrepareConfig) -> Path:
         tokenizer.encode_flat([], settings.add_bos, settings.add_eos)  # refuses what it has no token for
         units = [unit for name, paths in files.items() for unit in _units(name, corpora[name], paths)]
         units = [unit for name in files for unit in _marked(root, [u for u in units if u.source == name], policy, settings)]
-        records = _finish(root, units, policy, settings.workers)
+        records = _finish(root, units, policy, settings)
         manifest = _manifest(settings, tokenizer, files, [(u.source, record) for u, record in zip(units, records, strict=True)])
         write_atomically(root / "manifest.json", json.dumps(manifest, indent=2))
         _sweep(root, manifest, units, policy)
-    return root
+
+
+def _is_ours(root: Path) -> bool:
+    """Whether all in a folder may be swept: its lock is there, or nothing at all but `units`, just made."""
+    return (root / "units" / ".lock").is_file() or all(p == root / "units" and p.is_dir() for p in root.rglob("*"))
 
 
 def _local(corpus: CorpusConfig, settings: PrepareConfig) -> CorpusConfig:
@@ -131,6 +145,9 @@ def _alone(root: Path) -> Iterator[None]:
                         f"{root}: another process is preparing it. Wait for it, or choose another output."
                     ) from None
                 time.sleep(0.1)
+            except OSError:
+                break  # some network file systems have no locks
+        wait_for_workers(root / "units")
         yield
 
 
@@ -191,7 +208,7 @@ def _kept(unit: Unit, skip_bad: bool) -> Iterator[str]:
     )
 
 
-def _finish(root: Path, units: list[Unit], policy: Policy, workers: int) -> list[dict[str, Any]]:
+def _finish(root: Path, units: list[Unit], policy: Policy, settings: PrepareConfig) -> list[dict[str, Any]]:
     """The records of all units, in order; what is missing is done, the largest first."""
     records = {number: record for number, u in enumerate(units) if (record := tokenize.committed(root, u, policy))}
     missing = sorted(set(range(len(units))) - set(records), key=lambda number: (-units[number].num_bytes, number))
@@ -202,61 +219,21 @@ def _finish(root: Path, units: list[Unit], policy: Policy, workers: int) -> list
     if records:
         print(f"{len(records)} of {len(units)} units are there already", file=sys.stderr)
     total, done, tokens = sum(units[number].num_bytes for number in missing), 0, 0
+    in_done = 0  # tokens of the units that are done
     with progress("tokens", total) as show:
 
         def tick(new: int) -> None:
             nonlocal tokens
             tokens += new
-            show(done, f"{tokens:,} tokens")
+            under_way = (tokens - in_done) * (done / in_done if in_done else 4.0)  # bytes, about
+            show(min(done + int(under_way), total - 1), f"{tokens:,} tokens")
 
-        for number, record in _run(root, units, missing, policy, workers, tick):
+        for number, record in executor.run(Work(root, units, missing, policy, settings.workers, tick), settings.executor):
             records[number] = record
-            done += units[number].num_bytes
-            show(done, f"{tokens:,} tokens")
+            done, in_done = done + units[number].num_bytes, in_done + sum(record[split]["tokens"] for split in SPLITS)
+            tick(0)
+        show(total, f"{tokens:,} tokens")
     return [records[number] for number in range(len(units))]
-
-
-def _run(
-    root: Path, units: list[Unit], missing: list[int], policy: Policy, workers: int, tick: Callable[[int], None]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Do the missing units, in this process or in several: the number and the record of each as it is done."""
-    if min(workers, len(missing)) == 1:
-        for number in missing:
-            yield number, tokenize.run(root, units[number], policy, tick)
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of the tokenizer's threads
-    count, known = spawn.Value("q", 0), 0
-    with ProcessPoolExecutor(min(workers, len(missing)), spawn, _start_worker, (count,)) as pool:
-        pending = {pool.submit(_in_worker, root, units[number], policy): number for number in missing}
-        try:
-            while pending:
-                finished = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED).done
-                tick(count.value - known)
-                known = count.value
-                for future in finished:
-                    yield pending.pop(future), future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_counts: list[Any] = []  # of a worker: the tokens of all workers
-
-
-def _start_worker(count: Any) -> None:
-    """One thread for each process: their tokenizers would otherwise share all cores, and wait for each other."""
-    end_with_parent()
-    os.putenv("RAYON_NUM_THREADS", "1")
-    _counts[:] = [count]
-
-
-def _in_worker(root: Path, unit: Unit, policy: Policy) -> dict[str, Any]:
-    (count,) = _counts
-
-    def tick(tokens: int) -> None:
-        with count.get_lock():
-            count.value += tokens
-
-    return tokenize.run(root, unit, policy, tick)
 
 
 def _tokenizer(settings: PrepareConfig, files: Files, root: Path) -> Tokenizer:
@@ -336,7 +313,7 @@ def _manifest(
     return {
         "format": 2,
         "franca": __version__,
-        "settings": to_dict(settings),
+        "settings": {key: value for key, value in to_dict(settings).items() if key != "executor"},  # how, and not what
         "tokenizer": {
             "sha256": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,

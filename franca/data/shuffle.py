@@ -14,7 +14,6 @@ have half as many bytes as a worker has memory; while one so long is parsed, mor
 """
 
 import fcntl
-import glob
 import hashlib
 import io
 import json
@@ -25,7 +24,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,12 +38,12 @@ from pydantic import BeforeValidator, Field
 
 from franca import __version__
 from franca.core.config import BelowOne, Count, config, differences, load, to_dict
-from franca.core.errors import ConfigError
+from franca.core.errors import ConfigError, disk_errors
 from franca.core.progress import progress
 from franca.core.run import sync_folder, write_atomically
-from franca.core.workers import end_with_parent
+from franca.core.workers import KILLED, join, wait_for_workers
 from franca.data.order import hash64
-from franca.data.sources import UNREADABLE, CorpusConfig, OnBad, kind_of, open_file, read_documents
+from franca.data.sources import UNREADABLE, CorpusConfig, OnBad, find_files, kind_of, open_file, read_documents, refuse_odd
 
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
@@ -136,6 +136,11 @@ def shuffle(settings: ShuffleConfig) -> Path:
     Raises ConfigError for bad settings, for lines that are no JSON object (unless they are skipped), for files that cannot
     be read or written, and for folders that hold another shuffle. After any end it goes on where it was.
     """
+    with disk_errors(Path(settings.tmp_dir)):
+        return _shuffle(settings)
+
+
+def _shuffle(settings: ShuffleConfig) -> Path:
     if settings.memory < MIN_BYTES * settings.workers:
         raise ConfigError(f"memory: is {settings.memory:,} bytes; each of {settings.workers} worker(s) needs {MIN_BYTES:,}")
     tmp, final = (Path(os.path.abspath(os.path.expanduser(place))) for place in (settings.tmp_dir, settings.final_dir))
@@ -170,9 +175,9 @@ def _list_files(settings: ShuffleConfig) -> dict[str, Path]:
             settings.hub, Path(settings.tmp_dir).expanduser() / f"{settings.name}.download", patterns, settings.revision
         )
     for pattern in patterns:
-        found = [file for file in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(file)]
-        if not found:
+        if not (found := find_files(pattern)):
             raise ConfigError(f"paths: {pattern!r} matches no file. Is the path right, seen from {os.getcwd()}?")
+        refuse_odd(found, "paths")
         paths |= {Path(os.path.abspath(file)) for file in found}
     root = os.path.commonpath([path.parent for path in paths])
     return {path.relative_to(root).as_posix(): path for path in sorted(paths)}
@@ -216,8 +221,7 @@ def _locked(work: Work) -> Iterator[None]:
             raise ConfigError(f"{work.folder}: another process is shuffling here. {advice}") from None
         except OSError:
             pass  # some network file systems have no locks
-        with open(work.folder / ".workers", "w") as workers, suppress(OSError):
-            fcntl.flock(workers, fcntl.LOCK_EX)  # those of a killed attempt are about to die
+        wait_for_workers(work.folder)
         yield
 
 
@@ -258,10 +262,12 @@ def _finished(stage: str, task: Task, work: Work, items: list[str]) -> Iterator[
         yield from (_do(stage, task, work, item) for item in items)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(work.settings.workers, mp_context=spawn, initializer=_join, initargs=(work.folder,)) as pool:
+    with ProcessPoolExecutor(work.settings.workers, mp_context=spawn, initializer=join, initargs=(work.folder,)) as pool:
         futures = [pool.submit(_do, stage, task, work, item) for item in items]
         try:
             yield from (future.result() for future in as_completed(futures))
+        except BrokenProcessPool:
+            raise ConfigError(f"{work.folder}: {KILLED}") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -271,30 +277,18 @@ def _do(stage: str, task: Task, work: Work, item: str) -> str:
     return item
 
 
-def _join(folder: Path) -> None:
-    """In a worker: die with the parent, and show by a lock that this has not happened yet."""
-    end_with_parent()
-    parent = multiprocessing.parent_process()
-    with suppress(OSError):
-        fcntl.flock(os.open(folder / ".workers", os.O_RDWR | os.O_CREAT), fcntl.LOCK_SH)
-    if parent is None or not parent.is_alive():
-        os._exit(1)
-
-
 @contextmanager
 def _new_file(path: Path) -> Iterator[IO[bytes]]:
     """A file that gets its name when all of it is on the disk. Raises ConfigError where the disk does not take it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        advice = "What is finished is kept: mend that and run the same command again"
-        raise ConfigError(f"{error.filename or path}: cannot be read or written ({error.strerror}). {advice}") from None
+        with disk_errors(path):
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

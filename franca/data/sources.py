@@ -61,18 +61,29 @@ Groups = tuple[int, int]  # row groups [first, last)
 def list_files(name: str, corpus: CorpusConfig) -> list[Path]:
     """The files of a corpus in sorted order. Raises ConfigError when a pattern matches nothing."""
 
-    def find(pattern: str) -> set[str]:
-        return set(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
-
     files: set[str] = set()
     for pattern in corpus.paths:
-        if not (found := find(pattern)):
+        if not (found := find_files(pattern)):
             raise ConfigError(f"sources.{name}.paths: {pattern!r} matches no file. Is the path right, seen from {os.getcwd()}?")
         files |= found
-    files.difference_update(*map(find, corpus.exclude))
+    files.difference_update(*map(find_files, corpus.exclude))
+    refuse_odd(files, f"sources.{name}.paths")
     if not files:
         raise ConfigError(f"sources.{name}: `exclude` leaves no file of {', '.join(corpus.paths)}")
     return [Path(path) for path in sorted(files)]
+
+
+def find_files(pattern: str) -> set[str]:
+    """What a glob matches, without folders."""
+    return {path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if not os.path.isdir(path)}
+
+
+def refuse_odd(paths: set[str], where: str) -> None:
+    """Refuse what would be left out in silence, or waited for: links to nothing, pipes, sockets, devices."""
+    if odd := sorted(path for path in paths if not os.path.isfile(path)):
+        what = "a link to nothing" if os.path.islink(odd[0]) else "no regular file"
+        advice = "Mend or remove it, or do not name it"
+        raise ConfigError(f"{where}: {odd[0]} is {what} ({len(odd)} such of {len(paths)}). {advice}")
 
 
 def read_documents(
@@ -158,17 +169,19 @@ def _read_csv(path: Path, fields: Fields, keep: _Where, on_bad: OnBad) -> Iterat
     delimiter = "\t" if ".tsv" in path.suffixes else ","
     rows = None
     try:
-        with open_file(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        with open_file(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
             column = _column(fields, keep, rows.fieldnames or ())
             for row in rows:
                 if row[column] is None:
                     on_bad(f"{path}:{rows.line_num}: has no text in column {column!r}")
+                elif wrong := _not_utf8(row[column]):
+                    on_bad(f"{path}:{rows.line_num}: {wrong}")
                 elif keep(row):
                     yield row[column]
     except _NoColumnError as error:
         on_bad(f"{path}: {error}")
-    except (*UNREADABLE, UnicodeDecodeError, csv.Error) as error:
+    except (*UNREADABLE, csv.Error) as error:
         on_bad(f"{path}: cannot be read past line {rows.line_num if rows else 0} ({error})")
 
 
@@ -243,17 +256,30 @@ def row_groups(path: Path) -> list[tuple[int, int]]:
 def _read_text(path: Path, documents: str, on_bad: OnBad) -> Iterator[str]:
     try:
         # Lines as editors count them, ends kept; `splitlines` would also cut at form feeds and at U+2028.
-        with open_file(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="\n") as text:
-            if documents == "file":
-                yield text.read()
-            elif documents == "line":
-                yield from filter(str.strip, text)
-            else:
-                yield from _paragraphs(text)
-    except UnicodeDecodeError as error:
-        on_bad(f"{path}: is not UTF-8 text ({error.object[error.start :][:1]!r}: {error.reason})")
+        with open_file(path) as file, io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="\n") as text:
+            whole = [text.read()] if documents == "file" else []
+            found = whole or (filter(str.strip, text) if documents == "line" else _paragraphs(text))
+            for number, document in enumerate(found, 1):
+                if wrong := _not_utf8(document):
+                    on_bad(f"{path}: {'' if documents == 'file' else f'{documents} {number} '}{wrong}")
+                else:
+                    yield document
     except UNREADABLE as error:
         on_bad(f"{path}: cannot be read ({error})")
+
+
+def _not_utf8(text: str) -> str | None:
+    """What is wrong with a text that was read with `surrogateescape`, if anything is."""
+    try:
+        text.encode()
+        return None
+    except UnicodeEncodeError:
+        pass
+    try:
+        text.encode(errors="surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 text ({error.object[error.start :][:1]!r}: {error.reason})"
+    raise AssertionError(text)
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:

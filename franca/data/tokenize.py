@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -155,8 +157,13 @@ def run(root: Path, unit: Unit, policy: Policy, tick: Callable[[int], None]) -> 
     Raises ConfigError for a bad document (unless they are skipped), or when a file changes while it is read.
     """
     name = unit.id(policy)
-    work = root / "units" / f"{name}.{os.getpid()}.partial"  # not shared with a worker of a killed attempt that still breathes
+    work = (
+        root / "units" / f"{name}.{socket.gethostname()}.{os.getpid()}.partial"
+    )  # not shared with a worker of a killed attempt that still breathes
     shutil.rmtree(work, ignore_errors=True)
+    (root / "units" / f"{name}.json").unlink(missing_ok=True)  # what it tells of is about to be replaced
+    for path in (path for split in SPLITS for path in (root / split / unit.source).glob(f"{name}-*")):
+        path.unlink()  # now, for its room
     tokenizer = _tokenizer(root / "tokenizer.json", policy.tokenizer)
     stats = [_stat(path) for path in unit.files]
     splits = {split: _Split(work / split, name, tokenizer.vocab_size, policy.shard_tokens) for split in SPLITS}
@@ -175,21 +182,20 @@ def run(root: Path, unit: Unit, policy: Policy, tick: Callable[[int], None]) -> 
             tick(_add(batch, tokenizer, policy, splits, filters, dropped))
         for written in splits.values():
             written.close()
+        for path, stat in zip(unit.files, stats, strict=True):
+            if _stat(path) != stat:
+                raise ConfigError(f"{path}: has changed while it was read. Run the same command again when it is at rest.")
+        files = [{"path": str(p), "stat": s, "sha256": _sha256(p, unit.span)} for p, s in zip(unit.files, stats, strict=True)]
+        facts = {split: written.facts for split, written in splits.items()}
+        left_out = {"skipped": len(skipped), "first_skipped": skipped[:10], "dropped": dict(sorted(dropped.items()))}
+        record = {"source": unit.source, "files": files, **left_out, **facts}
+        for split in SPLITS:
+            _move(work / split, root / split / unit.source)
+        write_atomically(root / "units" / f"{name}.json", json.dumps(record))
     finally:
         for written in splits.values():
             written.abandon()
-    for path, stat in zip(unit.files, stats, strict=True):
-        if _stat(path) != stat:
-            raise ConfigError(f"{path}: has changed while it was read. Run the same command again when it is at rest.")
-    files = [{"path": str(p), "stat": s, "sha256": _sha256(p, unit.span)} for p, s in zip(unit.files, stats, strict=True)]
-    facts = {split: written.facts for split, written in splits.items()}
-    left_out = {"skipped": len(skipped), "first_skipped": skipped[:10], "dropped": dict(sorted(dropped.items()))}
-    record = {"source": unit.source, "files": files, **left_out, **facts}
-    (root / "units" / f"{name}.json").unlink(missing_ok=True)  # what it tells of is about to be replaced
-    for split in SPLITS:
-        _move(work / split, root / split / unit.source)
-    write_atomically(root / "units" / f"{name}.json", json.dumps(record))
-    shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)  # of a failure, too: the disk may be full of it
     return record
 
 
@@ -296,7 +302,8 @@ class _Split:
     def abandon(self) -> None:
         """Close what a failure left open."""
         if self.writer is not None:
-            self.writer.file.close()
+            with suppress(OSError):  # what is still to be written finds the disk as full
+                self.writer.file.close()
 
 
 def _move(source: Path, target: Path) -> None:
