@@ -24,7 +24,18 @@ Words = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="S
 Ranks = Annotated[int, typer.Option(help="How many devices, and so processes, it runs on.")]
 Output = Annotated[Path, typer.Argument(help="The folder to make.")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the numbers.")]
+Imports = Annotated[
+    list[str] | None, typer.Option("--imports", help="A module of yours that defines the model; may be repeated.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def _import(names: list[str] | None) -> None:
+    for name in names or []:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(f"--imports {name}: cannot be imported ({error}). Is it on PYTHONPATH?") from None
 
 
 def _call(target: str, *arguments: Any) -> Any:
@@ -42,7 +53,7 @@ def demo(
 
 
 @app.command(
-    epilog="Examples: franca prepare data.yaml workers=8 · prepare shuffle text.yaml · prepare tokenizer llama3 llama3.json"
+    epilog="Example: franca prepare data.yaml workers=8 (or: prepare shuffle text.yaml, prepare tokenizer llama3 llama3.json)"
 )
 def prepare(
     file: Annotated[Path, typer.Argument(metavar="[shuffle|mix|tokenizer] DATA.YAML", help="What to prepare.")],
@@ -102,22 +113,33 @@ def sample(
         Path | None, typer.Option(help="JSONL: objects with a `prompt`, perhaps `max_new_tokens`, and what else is to be kept.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSONL to make: the same with the answers. If killed, run it again.")] = None,
+    imports: Imports = None,
 ) -> None:
     """Let a model continue a text (from -p, from a file, or from standard input)."""
+    _import(imports)
     _call("franca.infer.sample:main", source, prompt or [], words or [], precision, prompts, out)
 
 
 @app.command(epilog="Example: franca export runs/mine my-model --precision bf16")
 def export(
-    source: Annotated[Path, typer.Argument(help="A run or a checkpoint.")], output: Output, precision: Precision = "fp32"
+    source: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
+    output: Output,
+    precision: Precision = "fp32",
+    form: Annotated[
+        Literal["hf", "torch"], typer.Option("--format", help="A folder for transformers, or one torch file.")
+    ] = "hf",
+    imports: Imports = None,
 ) -> None:
     """Write a Hugging Face folder that transformers loads as it is."""
-    _call("franca.checkpoint.convert:export", source, output, precision)
+    _import(imports)
+    _call("franca.checkpoint.convert:export", source, output, precision, form)
     print(output)
 
 
 @app.command("import", epilog="Example: franca import Llama-3.2-1B imported/llama-1b")
-def import_(source: Annotated[Path, typer.Argument(help="A folder with safetensors.")], output: Output) -> None:
+def import_(
+    source: Annotated[Path, typer.Argument(help="A folder with safetensors, or a torch file of export.")], output: Output
+) -> None:
     """A Hugging Face folder as a checkpoint to sample from, or to start from (init_from)."""
     _call("franca.checkpoint.convert:import_folder", source, output)
     print(output)

@@ -1,36 +1,40 @@
-"""Between our checkpoints and Hugging Face folders, and from either to a model that can speak."""
+"""Between our checkpoints, Hugging Face folders and plain torch files, and from the first two to a model that can speak."""
 
 import json
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from franca.checkpoint import sharded
-from franca.checkpoint.store import Store, find, read_json
-from franca.core.config import Precision, check, config, to_dict
+from franca.checkpoint.store import Checkpoint, Store, find, read_json
+from franca.core.config import Precision, check, config, problems_error, to_dict
 from franca.core.errors import ConfigError
 from franca.core.run import sync_folder, write_atomically
 from franca.data.tokenizer import Tokenizer
 from franca.models import hf
 from franca.models.base import ModelConfig, owners
-from franca.models.llama import LlamaConfig
 from franca.parallel.apply import DTYPES
 from franca.parallel.world import World
 
 ONE = World(0, 1, 0, torch.device("cpu"))
+Format = Literal["hf", "torch"]
 Special = dict[str, int | list[int] | None]  # `bos` and `eos`: an id, several of which each ends a text, or no such token
 
 
 @config
 class Params:
-    """What `params.json` says: the model's shape, and the special tokens that its data was made with."""
+    """What `params.json` says: the model's shape, the special tokens of its data, modules outside of franca that define it."""
 
     model: ModelConfig
     tokenizer: Special
+    modules: tuple[str, ...] = ()
 
 
 def ids_of(special: Special, name: str) -> list[int]:
@@ -39,12 +43,16 @@ def ids_of(special: Special, name: str) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def params_writer(model: ModelConfig, special: Special, tokenizer: Path) -> Callable[[Path], None]:
+def params_writer(model: ModelConfig, special: Special, tokenizer: Path | bytes) -> Callable[[Path], None]:
     """What makes a checkpoint complete in itself: it writes the model's shape and the tokenizer beside the weights."""
 
+    origins = {type(part).__module__ for part in (model, *getattr(model, "blocks", ()))}
+    modules = tuple(sorted(name for name in origins if not name.startswith("franca.")))
+    params = Params(model=model, tokenizer=special, modules=modules)
+
     def write(folder: Path) -> None:
-        write_atomically(folder / "params.json", json.dumps(to_dict(Params(model=model, tokenizer=special)), indent=2))
-        write_atomically(folder / "tokenizer.json", tokenizer.read_bytes())
+        write_atomically(folder / "params.json", json.dumps(to_dict(params), indent=2))
+        write_atomically(folder / "tokenizer.json", tokenizer if isinstance(tokenizer, bytes) else tokenizer.read_bytes())
 
     return write
 
@@ -60,27 +68,43 @@ def open_model(path: Path, device: torch.device, precision: Precision) -> tuple[
     The parameters are held in the precision of the products: half the memory in bf16.
     Raises ConfigError when there is no model, or it is damaged.
     """
+    dtype = DTYPES[precision]
     if is_hf_folder(path):
-        values = read_json(path / "config.json")
-        model = _empty(hf.from_hf_config(values, str(path / "config.json")))
-        hf.load_into(dict(model.named_parameters()), model.config, path)
-        special: Special = {name: values.get(f"{name}_token_id") for name in ("bos", "eos")}
+        model, special = _from_hf(path, dtype)
     else:
         checkpoint = find(path, whole=True)
-        path, params = checkpoint.path, check(Params, checkpoint.params, f"{checkpoint.path}/params.json")
-        model, special = _empty(params.model), params.tokenizer
+        path, params = checkpoint.path, _params(checkpoint)
+        model, special = _empty(params.model, dtype), params.tokenizer
         sharded.load(checkpoint, _named(model), num_ranks=1)
-    model.compute_dtype = DTYPES[precision]
-    model.to(device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(model.compute_dtype)
-    return model.eval().requires_grad_(False), Tokenizer.load(path / "tokenizer.json"), special
+    model.compute_dtype = dtype
+    return model.to(device).eval().requires_grad_(False), Tokenizer.load(path / "tokenizer.json"), special
 
 
-def _empty(shape: ModelConfig) -> Any:
-    """A model on the CPU whose parameters are waiting for their values; its buffers are set."""
+def _from_hf(folder: Path, dtype: torch.dtype) -> tuple[Any, Special]:
+    values = read_json(folder / "config.json")
+    model = _empty(hf.from_hf_config(values, str(folder / "config.json")), dtype)
+    hf.load_into(dict(model.named_parameters()), model.config, folder)
+    return model, {name: values.get(f"{name}_token_id") for name in ("bos", "eos")}
+
+
+def _params(checkpoint: Checkpoint) -> Params:
+    """What `params.json` says. It imports nothing: a checkpoint may come from anywhere."""
+    if missing := [name for name in checkpoint.params.get("modules", ()) if name not in sys.modules]:
+        given = " ".join(f"--imports {name}" for name in missing)
+        raise ConfigError(f"{checkpoint.path}: its model is defined in {', '.join(missing)}. If you trust it, add: {given}")
+    return check(Params, checkpoint.params, f"{checkpoint.path}/params.json")
+
+
+def _on_meta(shape: ModelConfig) -> Any:
     with torch.device("meta"):
-        model = shape.build()
+        return shape.build()
+
+
+def _empty(shape: ModelConfig, dtype: torch.dtype) -> Any:
+    """A model on the CPU whose parameters, in `dtype`, are waiting for their values; its buffers are set."""
+    model = _on_meta(shape)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     model.to_empty(device="cpu")
     for module in owners(model):
         if not module._parameters:
@@ -88,56 +112,110 @@ def _empty(shape: ModelConfig) -> Any:
     return model
 
 
-def _named(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _named(model: torch.nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
 @contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder that gets its name when all went well, and is gone when not."""
+def _new(path: Path, folder: bool = True) -> Iterator[Path]:
+    """A hidden folder, or file, that gets its name when all went well, and is gone when not."""
     if path.exists():
-        raise ConfigError(f"{path}: exists already; choose another folder or remove it")
+        raise ConfigError(f"{path}: exists already; choose another name or remove it")
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    (partial if folder else path.parent).mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         partial.rename(path)
         sync_folder(path.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if folder:
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
-def export(source: Path, output: Path, precision: Precision = "fp32") -> None:
-    """Write a run's newest checkpoint, or a checkpoint, as a Hugging Face folder that transformers loads as it is."""
-    with _new_folder(output) as folder:
-        model, tokenizer, special = open_model(find(source).path, ONE.device, "fp32")
-        if not isinstance(model.config, LlamaConfig):
-            raise ConfigError(f"{source}: models of kind {model.config.kind!r} have no Hugging Face counterpart")
-        dtype = DTYPES[precision]
-        hf.write_tensors(folder, hf.tensors_for(model.config, dict(model.named_parameters()), dtype))
-        given = {name: ids for name, ids in special.items() if ids_of(special, name)}
-        files = {
-            "config.json": hf.to_hf_config(model.config, special, dtype),
-            "generation_config.json": {f"{name}_token_id": ids for name, ids in given.items()},
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": model.config.max_seq_len,
-                "clean_up_tokenization_spaces": False,
-                **{f"{name}_token": tokenizer.backend.id_to_token(ids_of(special, name)[0]) for name in given},
-            },
-        }
-        for name, values in files.items():
-            (folder / name).write_text(json.dumps(values, indent=2))
-        (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+def export(source: Path, output: Path, precision: Precision = "fp32", form: Format = "hf") -> None:
+    """Write a run's newest checkpoint, or a checkpoint, as a folder that transformers loads as it is, or as one torch file:
+    `{"model": tensors by our names, "params": params.json, "tokenizer": tokenizer.json}`.
+
+    The model is never built: a folder takes the memory of one of its files, a torch file that of the model.
+    """
+    checkpoint = find(source, whole=True)
+    params, dtype, tokenizer = _params(checkpoint), DTYPES[precision], Tokenizer.load(checkpoint.path / "tokenizer.json")
+    shapes = dict(_on_meta(params.model).named_parameters())
+
+    def fetch(names: list[str]) -> dict[str, Tensor]:
+        tensors = {name: torch.empty(shapes[name].shape, dtype=dtype) for name in names}
+        sharded.load(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()}, num_ranks=1)
+        return tensors
+
+    if form == "torch":
+        with _new(output, folder=False) as file:
+            text = (checkpoint.path / "tokenizer.json").read_text(encoding="utf-8")
+            torch.save({"model": fetch(list(shapes)), "params": checkpoint.params, "tokenizer": text}, file)
+        return
+    later = [name for name in shapes if name.startswith("future_heads.")]
+    if later:
+        warnings.warn(f"{source}: left out, as transformers predicts the next token alone: {', '.join(later)}", stacklevel=2)
+    with _new(output) as folder:
+        _write_facts(folder, params, tokenizer, dtype)
+        hf.write_tensors(folder, params.model, {n: shapes[n] for n in shapes if n not in later}, fetch, dtype)
+
+
+def _write_facts(folder: Path, params: Params, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """All files of a Hugging Face folder but the weights."""
+    special = params.tokenizer
+    given = {name: ids for name, ids in special.items() if ids_of(special, name)}
+    files = {
+        "config.json": hf.to_hf_config(params.model, special, dtype),
+        "generation_config.json": {f"{name}_token_id": ids for name, ids in given.items()},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": params.model.max_seq_len,
+            "clean_up_tokenization_spaces": False,
+            **{f"{name}_token": tokenizer.backend.id_to_token(ids_of(special, name)[0]) for name in given},
+        },
+    }
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=2))
+    (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
 
 
 def import_folder(source: Path, output: Path) -> None:
-    """A Hugging Face folder as a run folder with one checkpoint, weights only, at step 0."""
-    if not is_hf_folder(source):
-        raise ConfigError(f"{source}: is not a Hugging Face folder (it has no config.json)")
-    with _new_folder(output) as folder:
-        model, _, special = open_model(source, ONE.device, "fp32")
+    """A Hugging Face folder, or a torch file of `export`, as a run folder with one checkpoint, weights only, at step 0."""
+    if not source.is_file() and not is_hf_folder(source):
+        raise ConfigError(f"{source}: is not a Hugging Face folder (it has no config.json), nor a file")
+    with _new(output) as folder:
+        if source.is_file():
+            params, tensors, tokenizer = _from_torch(source)
+        else:
+            tokenizer = source / "tokenizer.json"
+            Tokenizer.load(tokenizer)  # what is broken is refused
+            model, special = _from_hf(source, torch.float32)
+            params, tensors = Params(model=model.config, tokenizer=special), _named(model)
         facts = {"samples": 0, "tokens": 0, "plan": None, "weights_only": True, "imported_from": source.name}
-        beside = params_writer(model.config, special, source / "tokenizer.json")
-        sharded.save(Store(folder / "checkpoints"), 0, _named(model), facts, beside, ONE)
+        beside = params_writer(params.model, params.tokenizer, tokenizer)
+        sharded.save(Store(folder / "checkpoints"), 0, tensors, facts, beside, ONE)
+
+
+def _from_torch(file: Path) -> tuple[Params, dict[str, Tensor], Path | bytes]:
+    """Plain values and tensors alone are unpickled; tensors in fp32 stay in the file until they are read."""
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors, values, text = dict(held["model"]), dict(held["params"]), str(held["tokenizer"])
+    except Exception as error:  # a broken pickle raises nearly anything; PyTorch's advice to trust it is not passed on
+        raise ConfigError(f"{file}: is no file of `export --format torch` ({type(error).__name__})") from None
+    params = check(Params, values, f"{file}: params")
+    Tokenizer.parse(text, f"{file}: tokenizer")
+    shapes = {name: parameter.shape for name, parameter in _on_meta(params.model).named_parameters()}
+    problems = [f"{name} is not known" for name in tensors if name not in shapes]
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            problems.append(f"{name} is missing, or holds no numbers of a model")
+        elif tensor.shape != shape:
+            problems.append(f"{name} is {tuple(tensor.shape)}, params say {tuple(shape)}")
+    if problems:
+        raise problems_error(str(file), problems[:5])
+    return params, {f"model.{name}": tensors[name].float() for name in shapes}, text.encode()

@@ -26,6 +26,51 @@ class Batch(NamedTuple):
     position_BT: Tensor | None = None
 
 
+class Context(NamedTuple):
+    """What blocks may know of the T positions they are given. None: nothing special, or nobody asked.
+
+    `masks` by window (0: none): True where a position may see another, (B or 1, 1, T, S); None: all before it. S is `seen`.
+    `begin` is where the positions go in a cache, for all rows alike, `slots_BT` where rows differ; both None without a cache.
+    """
+
+    cos: Tensor | None
+    sin: Tensor | None
+    masks: dict[int, Tensor | None]
+    starts_BT: Tensor | None  # True where a document begins: recurrent state is forgotten there
+    seen: int
+    begin: int | None = None
+    slots_BT: Tensor | None = None
+
+
+class Cache:
+    """What a model remembers of the sequences that it continues: `states[n]` are layer n's named tensors (rows, ...).
+
+    `lengths` says how many positions each row holds, (rows,) on the host. An empty row is all zeros.
+    """
+
+    def __init__(self, states: list[dict[str, Tensor]], lengths: Tensor) -> None:
+        self.states, self.lengths = states, lengths
+
+    def rows(self, first: int, last: int) -> "Cache":
+        """The rows [first, last), as views."""
+        return Cache([{n: s[first:last] for n, s in state.items()} for state in self.states], self.lengths[first:last])
+
+    def clear(self, row: int) -> None:
+        """Forget a row."""
+        for tensor in self._tensors():
+            tensor[row] = 0
+
+    def copy(self, source: int, target: int) -> None:
+        """Make one row what another is."""
+        for tensor in self._tensors():
+            tensor[target] = tensor[source]
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield self.lengths
+        for state in self.states:
+            yield from state.values()
+
+
 class Model(Protocol):
     """What the loop, the planner, generation and conversion use of a model (an `nn.Module`)."""
 
@@ -34,18 +79,22 @@ class Model(Protocol):
     compute_dtype: torch.dtype  # of activations and matrix products; parameters keep theirs
 
     def forward(
-        self, tokens_BT: Tensor, document_BT: Tensor | None = None, position_BT: Tensor | None = None, cache: Any = None
+        self,
+        tokens_BT: Tensor,
+        document_BT: Tensor | None = None,
+        position_BT: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """Logits (B, T, V)."""
+        """Logits (B, T, V); extends the cache."""
 
-    def next_logits(self, tokens_BT: Tensor, cache: Any) -> Tensor:
+    def next_logits(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
         """Logits of the next position alone, (B, V); extends the cache."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Named sums over the valid tokens of the batch, as fp32 scalars; the loop divides by the global count."""
 
-    def new_cache(self, batch: int, max_len: int) -> Any:
-        """An empty cache for `batch` rows of up to `max_len` positions."""
+    def new_cache(self, rows: int, max_len: int) -> Cache:
+        """An empty cache for `rows` sequences of up to `max_len` positions."""
 
     def flops_per_token(self, context: int) -> float:
         """Floating-point operations of forward and backward for one token of a row of `context` tokens."""

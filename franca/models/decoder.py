@@ -3,77 +3,184 @@
 Shape letters: see `models.base`.
 """
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from franca.models.base import Batch
-from franca.models.layers import Embedding, KVCache, Linear, RMSNorm, Rope, cross_entropy_sum, document_mask, multiply
+from franca.core.config import Count, Positive, config
+from franca.models.base import IGNORE, Batch, Cache, Context, ModelConfig
+from franca.models.layers import Embedding, Linear, RMSNorm, Rope, cross_entropy_sum, document_mask, multiply, see
+
+
+@config
+class TrunkConfig(ModelConfig):
+    """What all families have. Widths in numbers of features."""
+
+    vocab_size: Count | None = None  # None: the tokenizer's
+    vocab_multiple: Count = 1  # embedding and head have rows for a multiple of it; the rows added are never predicted
+    dim: Count = 512
+    num_layers: Count = 8
+    max_seq_len: Count = 2048
+    norm_eps: Positive = 1e-5
+    tied: bool = False  # the head is the embedding
+    future_tokens: Count = 1  # predicted at every position: that many heads (Gloeckle et al. 2024); one is used in decoding
+    init_std: Positive = 0.02  # projections into the residual stream: divided by sqrt(2 num_layers)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the embedding."""
+        assert self.vocab_size is not None
+        return self.vocab_multiple * math.ceil(self.vocab_size / self.vocab_multiple)
+
+    @property
+    def residual_std(self) -> float:
+        """Initial standard deviation of projections into the residual stream (Radford et al. 2019, section 2.3)."""
+        return self.init_std / math.sqrt(2 * self.num_layers)
+
+    def block(self, number: int) -> nn.Module:
+        """Layer `number`: `forward(x_BTD, context, state) -> x_BTD`, `new_state(...)`, `mixing_flops(context)`."""
+        raise NotImplementedError
+
+    def norm(self) -> nn.Module:
+        """The norm before the head."""
+        return RMSNorm(self.dim, self.norm_eps)
+
+    def rope(self) -> Rope | None:
+        """The tables of rotary positions, for families whose blocks turn by them."""
+        return None
+
+    def learned_positions(self) -> Embedding | None:
+        """The table of learned positions, for families that have one."""
+        return None
+
+    def build(self) -> "Decoder":
+        return Decoder(self)
 
 
 class Decoder(nn.Module):
-    """A causal language model. `config` is the family's; `block(config, number)` makes its layers."""
+    """A causal language model whose blocks `config.block` makes."""
 
-    def __init__(self, config: Any, block: Callable[[Any, int], nn.Module]) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
+        c: TrunkConfig = config
         self.config = config
         self.compute_dtype = torch.float32
-        self.embedding = Embedding(config.vocab_size, config.dim, config.init_std)
-        self.rope = Rope(config.width_of_head, config.max_seq_len, config.rope_theta, config.rope_scaling)
-        self.layers = nn.ModuleList(block(config, number) for number in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tied else Linear(config.dim, config.vocab_size, config.init_std)
+        self.embedding = Embedding(c.num_rows, c.dim, c.init_std)
+        self.positions = c.learned_positions()
+        self.rope = c.rope()
+        self.layers = nn.ModuleList(c.block(number) for number in range(c.num_layers))
+        self.windows = sorted({window for layer in self.layers if (window := getattr(layer, "window", None)) is not None})
+        self.norm = c.norm()
+        self.head = None if c.tied else Linear(c.dim, c.num_rows, c.init_std)
+        self.future_heads = nn.ModuleList(Linear(c.dim, c.num_rows, c.init_std) for _ in range(c.future_tokens - 1))
 
     def forward(
-        self, tokens_BT: Tensor, document_BT: Tensor | None = None, position_BT: Tensor | None = None, cache: Any = None
+        self,
+        tokens_BT: Tensor,
+        document_BT: Tensor | None = None,
+        position_BT: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in the compute dtype. With a cache, `tokens_BT` follow what it holds, and it counts positions."""
-        return multiply(self._trunk(tokens_BT, document_BT, position_BT, cache), self._head_weight())
+        return self._logits(self._trunk(tokens_BT, document_BT, position_BT, cache))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """`nll`: the sum of the negative log-likelihoods of the valid targets, in nats."""
+        """`nll`: the sum of the negative log-likelihoods of the valid targets, in nats; `nll_2`...: those of later tokens."""
         x_BTD = self._trunk(batch.tokens_BT, batch.document_BT, batch.position_BT, None)
-        return {"nll": cross_entropy_sum(x_BTD, self._head_weight(), batch.targets_BT)}
+        losses = {"nll": self._nll(x_BTD, self._head_weight(), batch.targets_BT)}
+        for ahead, head in enumerate(self.future_heads, 1):
+            weight_VD: Any = head.weight
+            losses[f"nll_{ahead + 1}"] = self._nll(x_BTD, weight_VD, _later(batch, ahead))
+        return losses
 
-    def next_logits(self, tokens_BT: Tensor, cache: KVCache) -> Tensor:
+    def next_logits(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
         """Logits of the position after `tokens_BT` alone: (B, V). The cache is extended by `tokens_BT`."""
-        return multiply(self._trunk(tokens_BT, None, None, cache)[:, -1], self._head_weight())
+        return self._logits(self._trunk(tokens_BT, None, None, cache)[:, -1])
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return multiply(x, self._head_weight())[..., : self.config.vocab_size]
+
+    def _nll(self, x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
+        return cross_entropy_sum(x_BTD, head_VD, targets_BT, vocab_size=self.config.vocab_size)
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def _trunk(
-        self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        x_BTD = self.embedding(tokens_BT).to(self.compute_dtype)
-        positions = slice(0, tokens_BT.shape[1]) if position_BT is None else position_BT
-        mask = document_mask(document_BT) if document_BT is not None else None
+    def _trunk(self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, cache: Cache | None) -> Tensor:
+        if cache is not None and (document_BT is not None or position_BT is not None):
+            given = "document_BT and position_BT were given with a cache"
+            raise ValueError(f"{given}, which counts positions itself: leave them out")
+        positions, context = self._context(tokens_BT, document_BT, position_BT, cache)
+        x_BTD = self.embedding(tokens_BT)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions.weight[positions]
+        x_BTD = F.dropout(x_BTD.to(self.compute_dtype), getattr(self.config, "dropout", 0.0), self.training)
+        for number, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, context, None if cache is None else cache.states[number])
         if cache is not None:
-            if document_BT is not None or position_BT is not None:
-                given = "document_BT and position_BT were given with a cache"
-                raise ValueError(f"{given}, which counts positions itself: leave them out")
-            positions, mask = cache.place(tokens_BT.shape[1])
-        cos, sin = self.rope(positions, self.compute_dtype)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, cos, sin, mask, cache)
+            cache.lengths += tokens_BT.shape[1]
         return self.norm(x_BTD)
 
-    def new_cache(self, batch: int, max_len: int) -> KVCache:
-        c = self.config
-        shape = (c.num_layers, batch, c.num_kv_heads or c.num_heads, max_len, c.width_of_head)
-        return KVCache(shape, self.compute_dtype, self.embedding.weight.device)
+    def _context(
+        self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, cache: Cache | None
+    ) -> tuple[slice | Tensor, Context]:
+        """The numbers of the positions, and what blocks may know of them."""
+        length, device = tokens_BT.shape[1], tokens_BT.device
+        begin: int | None = None
+        slots_BT: Tensor | None = None
+        positions: slice | Tensor = slice(0, length) if position_BT is None else position_BT
+        if cache is not None:
+            first, last = int(cache.lengths.min()), int(cache.lengths.max())
+            if first == last:
+                begin, positions = first, slice(first, first + length)
+            else:
+                positions = slots_BT = (cache.lengths[:, None] + torch.arange(length)).to(device)
+            seen = last + length
+        else:
+            seen = length
+        masks = {window: self._mask(window, positions, seen, document_BT, cache is not None, device) for window in self.windows}
+        starts_BT = None
+        if document_BT is not None:
+            starts_BT = F.pad(document_BT[:, 1:] != document_BT[:, :-1], (1, 0), value=True)
+        cos, sin = (None, None) if self.rope is None else self.rope(positions, self.compute_dtype)
+        return positions, Context(cos, sin, masks, starts_BT, seen, begin, slots_BT)
+
+    @staticmethod
+    def _mask(
+        window: int, positions: slice | Tensor, seen: int, document_BT: Tensor | None, cached: bool, device: torch.device
+    ) -> Tensor | None:
+        """Who may see whom, (B or 1, 1, T, S); None where each sees all before it."""
+        if not cached:  # positions may begin again with every document: places count
+            if document_BT is not None:
+                return document_mask(document_BT, window)
+            places = torch.arange(seen, device=device)
+            return see(places, places, window)[None, None] if 0 < window < seen else None
+        if isinstance(positions, slice):
+            single = positions.stop - positions.start == 1
+            if (positions.start == 0 or single) and not 0 < window < seen:
+                return None
+            positions = torch.arange(positions.start, positions.stop, device=device)[None]
+        return see(positions, torch.arange(seen, device=device), window)[:, None]
+
+    def new_cache(self, rows: int, max_len: int) -> Cache:
+        """An empty cache, in the compute dtype (recurrent states in fp32)."""
+        device = self.embedding.weight.device
+        layers: list[Any] = list(self.layers)
+        states = [layer.new_state(rows, max_len, self.compute_dtype, device) for layer in layers]
+        return Cache(states, torch.zeros(rows, dtype=torch.int64))
 
     def flops_per_token(self, context: int) -> float:
-        """6 per weight of every matrix product, and attention's two products over half of the context (causal), times 3.
+        """6 per weight of every matrix product, and 3 times what mixing positions takes forward (attention's two products over
+        half of the context, a recurrence's update).
 
         The input embedding is a look-up and counts nothing; the head counts, tied or not (Kaplan et al. 2020, table 1).
         """
-        c = self.config
-        weights = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2) + c.vocab_size * c.dim
-        attention = 2 * 2 * c.num_heads * c.width_of_head * (context + 1) / 2
-        return 6.0 * weights + 3.0 * attention * c.num_layers
+        c, layers = self.config, list[Any](self.layers)
+        weights = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2) + c.num_rows * c.dim * c.future_tokens
+        return 6.0 * weights + 3.0 * sum(layer.mixing_flops(context) for layer in layers)
 
     def param_groups(self) -> dict[str, list[str]]:
         """Matrices and embeddings decay; gains and biases do not."""
@@ -81,3 +188,12 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             groups["decay" if parameter.ndim >= 2 else "no_decay"].append(name)
         return groups
+
+
+def _later(batch: Batch, ahead: int) -> Tensor:
+    """The targets of `ahead` positions further on, (B, T); none past the row, nor of another document."""
+    targets_BT = F.pad(batch.targets_BT[:, ahead:], (0, ahead), value=IGNORE)
+    if batch.document_BT is not None:
+        same = F.pad(batch.document_BT[:, ahead:] == batch.document_BT[:, :-ahead], (0, ahead), value=False)
+        targets_BT = targets_BT.masked_fill(~same, IGNORE)
+    return targets_BT

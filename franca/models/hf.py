@@ -1,29 +1,112 @@
 """Hugging Face's names and folders: `config.json` to our config and back, tensors from and to safetensors.
 
+Each family says what its tensors are called there (`hf_names`); what its `config.json` says stands here. A name there may end
+in one of `FORMS`; several of ours under one name are joined along the first dimension, in the order of the table.
 What it refuses to know: tokenizers, checkpoints, devices. A tensor that has no place on the other side is an error, never
 left out in silence.
 """
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from franca.core.config import check, problems_error
 from franca.core.errors import ConfigError
+from franca.models.base import ModelConfig
+from franca.models.decoder import TrunkConfig
+from franca.models.gpt2 import GPT2Config
 from franca.models.layers import RopeScaling
 from franca.models.llama import LlamaConfig
 
 SHARD_BYTES = 5_000_000_000
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-NAMES = {  # ours -> theirs
-    "vocab_size": "vocab_size",
+Values = dict[str, Any]  # of a config.json
+Fetch = Callable[[list[str]], dict[str, Tensor]]  # our names -> our tensors
+
+# How theirs is made of ours, and ours of theirs, by the end of the name.
+FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {".T": (Tensor.t, Tensor.t)}
+# Stored by some exporters though it follows from the rest: the frequencies of RoPE, GPT-2's causal mask.
+IMPLIED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+READABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _read_llama(given: Values, where: str) -> Values:
+    given = {"rope_theta": 10000.0, **given, **(given.get("rope_parameters") or given.get("rope_scaling") or {})}
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{where}: partial_rotary_factor is {given['partial_rotary_factor']!r}; only 1.0 can be imported")
+    rope_type = given.get("rope_type", given.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ConfigError(f"{where}: rope_type {rope_type!r} cannot be imported; expected 'default' or 'llama3'")
+    scaling = {f.name: _take(given, f.name, where) for f in fields(RopeScaling)} if rope_type == "llama3" else None
+    return {"rope_theta": given["rope_theta"], "rope_scaling": scaling}
+
+
+def _write_llama(c: LlamaConfig) -> Values:
+    scaling = None if c.rope_scaling is None else {"rope_type": "llama3", **vars(c.rope_scaling)}
+    return {
+        "num_key_value_heads": c.num_kv_heads or c.num_heads,
+        "head_dim": c.width_of_head,
+        "intermediate_size": c.width_of_mlp,
+        # transformers 4 reads rope_theta and rope_scaling, transformers 5 reads rope_parameters: both are written.
+        "rope_theta": c.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})},
+    }
+
+
+def _read_qwen(given: Values, where: str) -> Values:
+    """The window is for the layers from `max_window_layers` on; ours is for all layers or none."""
+    window = given["sliding_window"] if given["use_sliding_window"] else None
+    first = given["max_window_layers"] if window else given["num_hidden_layers"]
+    windowed = [number >= first for number in range(given["num_hidden_layers"])]
+    if given.get("layer_types"):
+        windowed = [kind == "sliding_attention" for kind in given["layer_types"]]
+    if any(windowed) and not (window and all(windowed)):
+        what = f"{sum(windowed)} of {len(windowed)} layers have a window, sliding_window is {window}"
+        raise ConfigError(f"{where}: {what}; only one window for all layers, or none, can be imported")
+    return {**_read_llama(given, where), "window": window if any(windowed) else None}
+
+
+def _write_qwen(c: LlamaConfig) -> Values:
+    window = {"use_sliding_window": bool(c.window), "sliding_window": c.window}
+    return {**_write_llama(c), **window, "max_window_layers": 0 if c.window else c.num_layers}
+
+
+def _read_gpt2(given: Values, where: str) -> Values:
+    rates = {name: given[name] for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    if len(set(rates.values())) > 1:
+        told = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+        raise ConfigError(f"{where}: {told}; only one rate of dropout for all three can be imported")
+    return {"dropout": rates["resid_pdrop"]}
+
+
+def _write_gpt2(c: GPT2Config) -> Values:
+    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the `config.json` of one `model_type` says."""
+
+    config: type[TrunkConfig]
+    architecture: str
+    names: dict[str, str]  # our option -> theirs
+    read: Callable[[Values, str], Values]  # further options of ours, from theirs
+    write: Callable[[Any], Values]  # further options of theirs, from ours
+    ours: Values = field(default_factory=dict)  # what ours must be for this family
+    defaults: Values = field(default_factory=dict)  # theirs that may be left out, and what they then are
+    fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # theirs that our model computes; the first is written
+
+
+_SHARED = {"vocab_size": "vocab_size", "init_std": "initializer_range", "tied": "tie_word_embeddings"}
+_LLAMA = _SHARED | {
     "dim": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -32,104 +115,240 @@ NAMES = {  # ours -> theirs
     "mlp_dim": "intermediate_size",
     "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
-    "init_std": "initializer_range",
-    "tied": "tie_word_embeddings",
 }
-OPTIONAL = ("num_kv_heads", "head_dim", "init_std", "tied")  # left out, they mean what they mean to us
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # what our model computes
+_GPT2 = _SHARED | {
+    "dim": "n_embd",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "mlp_dim": "n_inner",
+    "max_seq_len": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+}
+_LLAMA_DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "initializer_range": 0.02, "tie_word_embeddings": False}
+_QWEN_DEFAULTS = _LLAMA_DEFAULTS | {
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_GPT2_DEFAULTS = {"n_inner": None, "initializer_range": 0.02, "tie_word_embeddings": True} | dict.fromkeys(
+    ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1
+)
+_PLAIN: Values = {"mlp": "swiglu", "qkv_bias": False, "qk_norm": False}
+_FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0.0, None)}
+_GPT2_FIXED = {  # the activations are one function under three names
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+FAMILIES = {  # by `model_type`; a config of ours is the first family that it fits
+    "llama": Family(
+        LlamaConfig, "LlamaForCausalLM", _LLAMA, _read_llama, _write_llama, _PLAIN | {"window": None}, _LLAMA_DEFAULTS, _FIXED
+    ),
+    "mistral": Family(
+        LlamaConfig,
+        "MistralForCausalLM",
+        _LLAMA | {"window": "sliding_window"},
+        _read_llama,
+        _write_llama,
+        _PLAIN,
+        _LLAMA_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+        _FIXED,
+    ),
+    "qwen2": Family(
+        LlamaConfig,
+        "Qwen2ForCausalLM",
+        _LLAMA,
+        _read_qwen,
+        _write_qwen,
+        _PLAIN | {"qkv_bias": True},
+        _QWEN_DEFAULTS,
+        {name: allowed for name, allowed in _FIXED.items() if name != "attention_bias"},
+    ),
+    "qwen3": Family(
+        LlamaConfig,
+        "Qwen3ForCausalLM",
+        _LLAMA,
+        _read_qwen,
+        _write_qwen,
+        _PLAIN | {"qk_norm": True},
+        _QWEN_DEFAULTS | {"head_dim": 128},
+        _FIXED,
+    ),
+    "gpt2": Family(GPT2Config, "GPT2LMHeadModel", _GPT2, _read_gpt2, _write_gpt2, {}, _GPT2_DEFAULTS, _GPT2_FIXED),
+}
 
 
-def to_hf_config(c: LlamaConfig, special: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The `config.json` of a model: Llama's, or Qwen 3's with `qk_norm`. `special`: its `bos` and `eos` ids."""
-    c = replace(c, num_kv_heads=c.num_kv_heads or c.num_heads, head_dim=c.width_of_head, mlp_dim=c.width_of_mlp)
-    family = "qwen3" if c.qk_norm else "llama"
-    scaling = None
-    if c.rope_scaling is not None:
-        scaling = {"rope_type": "llama3", **vars(c.rope_scaling)}
+def to_hf_config(c: ModelConfig, special: Mapping[str, Any], dtype: torch.dtype) -> Values:
+    """The `config.json` of a model. `special`: its `bos` and `eos` ids. Raises ConfigError for a model they do not have."""
+    families = {kind: family for kind, family in FAMILIES.items() if isinstance(c, family.config)}
+    fitting = [kind for kind, f in families.items() if all(getattr(c, name) == value for name, value in f.ours.items())]
+    if not fitting:
+        told = "".join(f", {name} {getattr(c, name)}" for name in sorted({name for f in families.values() for name in f.ours}))
+        raise ConfigError(f"a model of kind {getattr(c, 'kind', '?')!r}{told} has no counterpart among {', '.join(FAMILIES)}")
+    kind, family = fitting[0], families[fitting[0]]
     return {
-        "model_type": family,
-        "architectures": [FAMILIES[family]],
-        **{theirs: getattr(c, ours) for ours, theirs in NAMES.items()},
-        **FIXED,
-        # transformers 4 reads rope_theta and rope_scaling, transformers 5 reads rope_parameters: both are written.
-        "rope_theta": c.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})},
+        "model_type": kind,
+        "architectures": [family.architecture],
+        **{theirs: getattr(c, ours) for ours, theirs in family.names.items()},
+        **{name: allowed[0] for name, allowed in family.fixed.items()},
+        **family.write(c),
         **{f"{name}_token_id": special.get(name) for name in ("bos", "eos")},
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
     }
 
 
-def from_hf_config(values: dict[str, Any], where: str) -> LlamaConfig:
+def from_hf_config(values: Values, where: str) -> Any:
     """Our config for a `config.json`. Raises ConfigError for a family or an option that our model does not compute."""
-    family = values.get("model_type")
-    if family not in FAMILIES:
-        raise ConfigError(f"{where}: model_type {family!r} cannot be imported; expected 'llama' or 'qwen3'")
-    given = {"rope_theta": 10000.0, **values, **(values.get("rope_parameters") or values.get("rope_scaling") or {})}
-    for name, allowed in {**FIXED, "use_sliding_window": False, "partial_rotary_factor": 1.0}.items():
-        if given.get(name, allowed) != allowed:
-            raise ConfigError(f"{where}: {name} is {given[name]!r}; only {allowed!r} can be imported")
-    rope_type = given.get("rope_type", given.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise ConfigError(f"{where}: rope_type {rope_type!r} cannot be imported; expected 'default' or 'llama3'")
+    kind = values.get("model_type")
+    if kind not in FAMILIES:
+        raise ConfigError(f"{where}: model_type {kind!r} cannot be imported; expected one of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    for name, allowed in family.fixed.items():
+        if values.get(name, allowed[0]) not in allowed:
+            raise ConfigError(f"{where}: {name} is {values[name]!r}; only {allowed[0]!r} can be imported")
+    given = {**family.defaults, **values}
+    shape = {**family.ours, **{ours: _take(given, theirs, where) for ours, theirs in family.names.items()}}
     try:
-        shape = {ours: values[theirs] for ours, theirs in NAMES.items() if theirs in values or ours not in OPTIONAL}
-        scaling = {field.name: given[field.name] for field in fields(RopeScaling)} if rope_type == "llama3" else None
-    except KeyError as error:
-        raise ConfigError(f"{where}: has no {error.args[0]!r}") from None
-    shape |= {"rope_theta": given["rope_theta"], "rope_scaling": scaling, "qk_norm": family == "qwen3"}
-    config = check(LlamaConfig, shape, where)
+        shape |= family.read(given, where)
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: holds a value of another type than it should ({error})") from None
+    config = check(family.config, shape, where)
     if found := config.problems():
         raise problems_error(where, found)
     return config
 
 
-def their_names(c: LlamaConfig, parameters: Iterable[str]) -> dict[str, str]:
-    """Our parameter names -> Hugging Face's."""
-    return {n: c.hf_names[re.sub(r"\d+", "{}", n, count=1)].format(*re.findall(r"\d+", n)) for n in parameters}
+def _take(values: Values, name: str, where: str) -> Any:
+    if name not in values:
+        raise ConfigError(f"{where}: has no {name!r}")
+    return values[name]
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Named tensors as `model.safetensors`, or as `model-NNNNN-of-NNNNN.safetensors` and their index."""
-    save_torch_state_dict(dict(tensors), folder, max_shard_size=shard_bytes)
+def their_names(c: ModelConfig, parameters: Iterable[str]) -> dict[str, str]:
+    """Our parameter names -> Hugging Face's, with their forms."""
+    return {n: c.hf_names[_pattern(n)].format(*re.findall(r"\d+", n)) for n in parameters}
 
 
-def load_into(parameters: dict[str, Tensor], c: LlamaConfig, folder: Path) -> None:
+def _pattern(ours: str) -> str:
+    return re.sub(r"\d+", "{}", ours, count=1)
+
+
+def _places(c: ModelConfig, parameters: Iterable[str]) -> dict[str, list[str]]:
+    """Hugging Face's names, with their forms -> those of ours that they are made of, in order."""
+    places: dict[str, list[str]] = {}
+    for ours, theirs in their_names(c, parameters).items():
+        places.setdefault(theirs, []).append(ours)
+    order = list(c.hf_names)
+    return {theirs: sorted(ours, key=lambda name: order.index(_pattern(name))) for theirs, ours in places.items()}
+
+
+def _split_form(theirs: str) -> tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    for end, (there, back) in FORMS.items():
+        if theirs.endswith(end):
+            return theirs.removesuffix(end), there, back
+    return theirs, lambda x: x, lambda x: x
+
+
+def _rows(c: ModelConfig, ours: str, tensor: Tensor) -> int:
+    """Rows of a tensor of ours that they have too: all but the padding of the vocabulary."""
+    padded = ours in ("embedding.weight", "head.weight")
+    return c.vocab_size if padded and c.vocab_size is not None else len(tensor)
+
+
+def write_tensors(
+    folder: Path,
+    c: ModelConfig,
+    shapes: Mapping[str, Tensor],
+    fetch: Fetch,
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """A model as `model.safetensors`, or as `model-NNNNN-of-NNNNN.safetensors` and their index.
+
+    `shapes`: our tensors or ones like them on the meta device. `fetch` is asked for those of one file at a time, and what it
+    gave is forgotten before it is asked again.
+    """
+    shards: list[dict[str, list[str]]] = []
+    total, size = 0, shard_bytes
+    for theirs, ours in _places(c, shapes).items():
+        nbytes = dtype.itemsize * sum(_rows(c, n, shapes[n]) * shapes[n][:1].numel() for n in ours)
+        if size + nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][theirs] = ours
+        size, total = size + nbytes, total + nbytes
+    place_of: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        place_of |= dict.fromkeys(_write_shard(folder / file, c, shard, fetch, dtype), file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": place_of}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _write_shard(path: Path, c: ModelConfig, shard: dict[str, list[str]], fetch: Fetch, dtype: torch.dtype) -> list[str]:
+    """Returns their names of the tensors in it."""
+    held, tensors = fetch([name for ours in shard.values() for name in ours]), {}
+    for theirs, ours in shard.items():
+        parts = [(t := held.pop(name))[: _rows(c, name, t)].detach().to(device="cpu", dtype=dtype) for name in ours]
+        name, there, _ = _split_form(theirs)
+        tensors[name] = there(torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
+        del parts, t  # no more than one tensor of the file is held twice
+    save_file(tensors, path, metadata={"format": "pt"})
+    return list(tensors)
+
+
+def load_into(parameters: Mapping[str, Tensor], c: ModelConfig, folder: Path) -> None:
     """Copy a folder's tensors into our parameters. Raises ConfigError for what is missing, left over, broken or misshapen."""
-    stored = _find_tensors(folder)
-    names = their_names(c, parameters)
-    # Stored by some exporters, though it follows from the rest: a tied head, the frequencies of RoPE.
-    implied = {name for name in stored if name.endswith("rotary_emb.inv_freq") or (c.tied and name == "lm_head.weight")}
-    missing = [name for name in names.values() if name not in stored]
-    extra = [name for name in stored if name not in names.values() and name not in implied]
+    stored = _find_tensors(folder, prefix=c.hf_names["embedding.weight"].split(".")[0])
+    tied = "head.weight" not in parameters
+    places = _places(c, parameters)
+    names = [_split_form(theirs)[0] for theirs in places]
+    known = {*names, "lm_head.weight"} if tied else set(names)
+    missing = [name for name in names if name not in stored]
+    extra = [name for name in stored if name not in known and not IMPLIED.search(name)]
     if missing or extra:
         raise ConfigError(f"{folder}: tensors do not fit: missing {missing[:5] or 'none'}, not known {extra[:5] or 'none'}")
-    for ours, theirs in names.items():
-        with safe_open(stored[theirs], framework="pt") as opened:
-            tensor = opened.get_tensor(theirs)
-        if tensor.shape != parameters[ours].shape:
-            raise ConfigError(f"{folder}: {theirs} is {tuple(tensor.shape)}, config.json says {tuple(parameters[ours].shape)}")
+    for theirs, ours in places.items():
+        name, there, back = _split_form(theirs)
+        file, key = stored[name]
+        with safe_open(file, framework="pt") as opened:
+            tensor = opened.get_tensor(key)
+        rows = [_rows(c, n, parameters[n]) for n in ours]
+        shape = tuple(there(torch.empty(sum(rows), *parameters[ours[0]].shape[1:], device="meta")).shape)
+        if tensor.shape != shape:
+            raise ConfigError(f"{folder}: {name} is {tuple(tensor.shape)}, config.json says {shape}")
+        if tensor.dtype not in READABLE:
+            allowed = ", ".join(map(str, READABLE))
+            raise ConfigError(f"{folder}: {name} is of {tensor.dtype}; expected {allowed}. Quantized weights are not read.")
         with torch.no_grad():
-            parameters[ours].copy_(tensor)
+            for n, part in zip(ours, back(tensor).split(rows), strict=True):
+                parameters[n][: len(part)].copy_(part)
+                parameters[n][len(part) :].zero_()
 
 
-def _find_tensors(folder: Path) -> dict[str, Path]:
-    """The file of every tensor in a folder's safetensors. Pickled weights are never read."""
-    files = sorted(folder.glob("*.safetensors"))
+def _find_tensors(folder: Path, prefix: str) -> dict[str, tuple[Path, str]]:
+    """The place of every tensor in a folder's safetensors: its file and its name there. Pickled weights are never read.
+
+    Folders that were saved without the head name their tensors without the first word, `prefix`.
+    """
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{folder}: has no *.safetensors. Pickled weights (.bin, .pt) are not read: convert them first.")
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Path, str]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                found |= dict.fromkeys(opened.keys(), file)
-        except SafetensorError as error:
+                names = list(opened.keys())
+        except (SafetensorError, OSError) as error:
             raise ConfigError(f"{file}: is not a whole safetensors file ({error}). Download it again.") from None
+        for name in names:
+            if name in found:
+                raise ConfigError(f"{folder}: {name} is in {found[name][0].name} and in {file.name}; remove one of the files")
+            found[name] = (file, name)
+    if not any(name.startswith(f"{prefix}.") for name in found):
+        found = {name if name == "lm_head.weight" else f"{prefix}.{name}": place for name, place in found.items()}
     return found
-
-
-def tensors_for(c: LlamaConfig, parameters: dict[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters under Hugging Face's names, in `dtype`."""
-    for ours, theirs in their_names(c, parameters).items():
-        yield theirs, parameters[ours].detach().to(device="cpu", dtype=dtype)

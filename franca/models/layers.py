@@ -14,24 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from franca.core.config import Count, Positive, config
-from franca.models.base import IGNORE
+from franca.models.base import IGNORE, Context
 
 _FEW_ROWS = 64  # up to so many, `multiply` takes its own way on a CPU
 
 
 class Linear(nn.Module):
-    """y = x W^T. Weight (out, in), drawn from N(0, init_std^2)."""
+    """y = x W^T + b. Weight (out, in), drawn from N(0, init_std^2); the bias, if there is one, begins at zero."""
 
-    def __init__(self, in_features: int, out_features: int, init_std: float) -> None:
+    def __init__(self, in_features: int, out_features: int, init_std: float, bias: bool = False) -> None:
         super().__init__()
         self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def reset(self, generator: torch.Generator) -> None:
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiply(x, self.weight)
+        y = multiply(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -102,6 +106,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * gain + bias, over the last dimension (Ba et al. 2016, eq. 4)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def reset(self, generator: torch.Generator) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 @config
 class RopeScaling:
     """Llama 3.1's rule for longer contexts: slow frequencies are divided by `factor`, the ones between are blended.
@@ -153,19 +174,22 @@ def rotate(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x_BHTE * cos + x_BHTE.roll(x_BHTE.shape[-1] // 2, dims=-1) * sin
 
 
-def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def attention(
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool, dropout: float = 0.0
+) -> Tensor:
     """Softmax attention with H / K query heads per key head: (B, H, T, E).
 
     `mask`: bool, (B or 1, 1, T, S), True where a position may see another; None: with `causal` all before it, else all.
+    `dropout`: the share of the probabilities that is set to zero; the rest grows to make up for it.
     """
     fast = product_dtype(q_BHTE)
     q, k, v = q_BHTE.to(fast), k_BKSE.to(fast), v_BKSE.to(fast)
     causal = causal or (mask is not None and q.shape[2] == k.shape[2])
-    if causal and q.device.type == "cpu" and q.requires_grad and q.shape[2] <= _BlockedAttention.longest:
+    if causal and q.is_cpu and q.requires_grad and not dropout and q.shape[2] <= _BlockedAttention.longest:
         out = _blocked_attention(q, k, v, mask)
     else:
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, mask, dropout, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
     return out.to(q_BHTE.dtype)
 
@@ -221,54 +245,43 @@ class _BlockedAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
 
-def document_mask(document_BT: Tensor) -> Tensor:
-    """True where a position may see another: not later, and in the same document. (B, 1, T, T) bool."""
-    length = document_BT.shape[1]
-    same = document_BT[:, None, :, None] == document_BT[:, None, None, :]
-    return same & torch.ones(length, length, dtype=torch.bool, device=document_BT.device).tril()
+def see(q_T: Tensor, k_S: Tensor, window: int) -> Tensor:
+    """Who may see whom by position, (..., T) x (S,) -> (..., T, S): not what is later, nor what is `window` or more before."""
+    distance = q_T[..., :, None] - k_S
+    return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
-class KVCache:
-    """Keys and values of the positions seen so far, for every attention layer. `length` is the same for all rows.
+def document_mask(document_BT: Tensor, window: int = 0) -> Tensor:
+    """True where a position may see another: not later, not beyond the window, and in the same document. (B, 1, T, T) bool."""
+    places = torch.arange(document_BT.shape[1], device=document_BT.device)
+    return (document_BT[:, None, :, None] == document_BT[:, None, None, :]) & see(places, places, window)
 
-    Rows of different lengths are padded at the left; `pads_B` says by how much.
+
+def remember(state: dict[str, Tensor], k_BKTE: Tensor, v_BKTE: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """Store the keys and values of new positions; returns those of all positions so far, (B, K, S, E)."""
+    count, stored = k_BKTE.shape[2], []
+    for cache_BKSE, new_BKTE in ((state["keys"], k_BKTE), (state["values"], v_BKTE)):
+        if context.begin is not None:
+            cache_BKSE.narrow(2, context.begin, count).copy_(new_BKTE)
+            stored.append(cache_BKSE.narrow(2, 0, context.begin + count))
+        else:
+            slots_BT = context.slots_BT
+            assert slots_BT is not None
+            rows = torch.arange(len(slots_BT), device=slots_BT.device)[:, None]
+            cache_BKSE.transpose(1, 2)[rows, slots_BT] = new_BKTE.transpose(1, 2)
+            stored.append(cache_BKSE.narrow(2, 0, context.seen))
+    return stored[0], stored[1]
+
+
+def cross_entropy_sum(
+    x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024, vocab_size: int | None = None
+) -> Tensor:
+    """Sum of -log softmax(x W^T)[target] over the valid targets, a scalar in fp32; holds at most `chunk` rows of logits.
+
+    Rows of the head from `vocab_size` on are padding, and have no probability.
     """
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        """`shape`: (layers, B, K, most positions, E)."""
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in range(2))
-        self.length = 0
-        self.pads_B: Tensor | None = None
-
-    def place(self, count: int) -> tuple[slice | Tensor, Tensor | None]:
-        """Make room for `count` positions: their numbers, (B, T) where rows differ, and what each may see (B or 1, 1, T, S).
-
-        No mask: each may see all before it. A pad may see itself, so that its softmax has a term; nobody else sees it.
-        """
-        begin, self.length = self.length, self.length + count
-        slots = slice(begin, self.length)
-        if self.pads_B is None and (begin == 0 or count == 1):
-            return slots, None
-        seen_S = torch.arange(self.length, device=self.keys[0].device)
-        causal_TS = seen_S <= seen_S[slots, None]
-        if self.pads_B is None:
-            return slots, causal_TS[None, None]
-        real_BS = seen_S >= self.pads_B[:, None]
-        mask_BTS = causal_TS & (real_BS[:, None] | (seen_S == seen_S[slots, None]))
-        return (seen_S[slots] - self.pads_B[:, None]).clamp(min=0), mask_BTS[:, None]
-
-    def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values of the positions placed last; returns all so far, (B, K, S, E)."""
-        count, stored = k_BKTE.shape[2], []
-        for cache_BKSE, new_BKTE in ((self.keys[layer], k_BKTE), (self.values[layer], v_BKTE)):
-            cache_BKSE.narrow(2, self.length - count, count).copy_(new_BKTE)
-            stored.append(cache_BKSE.narrow(2, 0, self.length))
-        return stored[0], stored[1]
-
-
-def cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024) -> Tensor:
-    """Sum of -log softmax(x W^T)[target] over the valid targets, a scalar in fp32; holds at most `chunk` rows of logits."""
-    return _CrossEntropySum.apply(x_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), chunk, torch.is_grad_enabled())
+    args = (x_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), vocab_size or len(head_VD), chunk, torch.is_grad_enabled())
+    return _CrossEntropySum.apply(*args)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -277,7 +290,9 @@ class _CrossEntropySum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int, with_gradient: bool) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, vocab_size: int, chunk: int, with_gradient: bool
+    ) -> Tensor:
         fast = product_dtype(x_ND)
         weight = head_VD.to(x_ND.dtype).to(fast)
         total = x_ND.new_zeros((), dtype=torch.float32)
@@ -287,6 +302,8 @@ class _CrossEntropySum(torch.autograd.Function):
             x, target = x_ND[part].to(fast), targets_N[part]
             valid, index = (target != IGNORE)[:, None], target.clamp_min(0)[:, None]
             logits = F.linear(x, weight).float()
+            if vocab_size < len(weight):
+                logits[:, vocab_size:] = -torch.inf
             top = logits.amax(dim=1, keepdim=True)
             wanted = logits.gather(1, index)
             exp = logits.sub_(top).exp_()  # in place: the logits are this function's own
@@ -300,6 +317,6 @@ class _CrossEntropySum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad_total.to(grad_x.dtype), grad_head * grad_total.to(grad_head.dtype), None, None, None
+        return grad_x * grad_total.to(grad_x.dtype), grad_head * grad_total.to(grad_head.dtype), None, None, None, None

@@ -1,36 +1,33 @@
 """Llama and its kin (Touvron et al. 2023; Llama 3.1; Qwen 3 with `qk_norm`). Shape letters: see `models.base`."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from franca.core.config import Count, Positive, config
-from franca.models.base import ModelConfig
-from franca.models.decoder import Decoder
-from franca.models.layers import KVCache, Linear, RMSNorm, RopeScaling, attention, rotate
+from franca.models.base import Context
+from franca.models.decoder import TrunkConfig
+from franca.models.layers import Linear, RMSNorm, Rope, RopeScaling, attention, remember, rotate
 
 
 @config
-class LlamaConfig(ModelConfig):
-    """RMSNorm, RoPE, grouped-query attention, SwiGLU. Widths in numbers of features."""
+class LlamaConfig(TrunkConfig):
+    """RMSNorm, RoPE, grouped-query attention, SwiGLU. With `window` Mistral, with `qkv_bias` Qwen 2, with `qk_norm` Qwen 3."""
 
     kind: Literal["llama"] = "llama"
-    vocab_size: Count | None = None  # None: the tokenizer's
-    dim: Count = 512
-    num_layers: Count = 8
     num_heads: Count = 8
     num_kv_heads: Count | None = None  # None: as many as query heads
     head_dim: Count | None = None  # None: dim / num_heads
-    mlp_dim: Count | None = None  # None: 8/3 dim, rounded up to a multiple of 256
-    max_seq_len: Count = 2048
-    norm_eps: Positive = 1e-5
+    window: Count | None = None  # positions that a query sees, itself among them (sliding window); None: all before it
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of every query and key head before RoPE
+    mlp: Literal["swiglu", "relu2", "gelu"] = "swiglu"
+    mlp_dim: Count | None = None  # None: 8/3 dim (4 dim without a gate), rounded up to a multiple of 256
     rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
-    tied: bool = False  # the head is the embedding
-    qk_norm: bool = False  # RMSNorm of every query and key head before RoPE, as in Qwen 3
-    init_std: Positive = 0.02  # projections into the residual stream: divided by sqrt(2 num_layers)
 
     hf_names: ClassVar[dict[str, str]] = {
         "embedding.weight": "model.embed_tokens.weight",
@@ -38,6 +35,9 @@ class LlamaConfig(ModelConfig):
         "layers.{}.attention.query.weight": "model.layers.{}.self_attn.q_proj.weight",
         "layers.{}.attention.key.weight": "model.layers.{}.self_attn.k_proj.weight",
         "layers.{}.attention.value.weight": "model.layers.{}.self_attn.v_proj.weight",
+        "layers.{}.attention.query.bias": "model.layers.{}.self_attn.q_proj.bias",
+        "layers.{}.attention.key.bias": "model.layers.{}.self_attn.k_proj.bias",
+        "layers.{}.attention.value.bias": "model.layers.{}.self_attn.v_proj.bias",
         "layers.{}.attention.output.weight": "model.layers.{}.self_attn.o_proj.weight",
         "layers.{}.attention.query_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
         "layers.{}.attention.key_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
@@ -55,10 +55,13 @@ class LlamaConfig(ModelConfig):
 
     @property
     def width_of_mlp(self) -> int:
-        return self.mlp_dim or 256 * math.ceil(8 * self.dim / 3 / 256)
+        return self.mlp_dim or 256 * math.ceil((8 / 3 if self.mlp == "swiglu" else 4) * self.dim / 256)
 
-    def build(self) -> Decoder:
-        return Decoder(self, Block)
+    def block(self, number: int) -> nn.Module:
+        return Block(self)
+
+    def rope(self) -> Rope:
+        return Rope(self.width_of_head, self.max_seq_len, self.rope_theta, self.rope_scaling)
 
     def problems(self) -> list[str]:
         found = []
@@ -72,54 +75,72 @@ class LlamaConfig(ModelConfig):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023)."""
+    """Grouped-query attention (Ainslie et al. 2023), within a window if there is one (Beltagy et al. 2020)."""
 
-    def __init__(self, c: LlamaConfig, number: int) -> None:
+    def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
-        self.number, self.head_dim = number, c.width_of_head
-        heads, kv_heads = c.num_heads, c.num_kv_heads or c.num_heads
-        self.query = Linear(c.dim, heads * self.head_dim, c.init_std)
-        self.key = Linear(c.dim, kv_heads * self.head_dim, c.init_std)
-        self.value = Linear(c.dim, kv_heads * self.head_dim, c.init_std)
-        self.output = Linear(heads * self.head_dim, c.dim, c.init_std / math.sqrt(2 * c.num_layers))
+        self.head_dim, self.window = c.width_of_head, c.window or 0
+        self.num_heads, self.num_kv_heads = c.num_heads, c.num_kv_heads or c.num_heads
+        self.query = Linear(c.dim, self.num_heads * self.head_dim, c.init_std, c.qkv_bias)
+        self.key = Linear(c.dim, self.num_kv_heads * self.head_dim, c.init_std, c.qkv_bias)
+        self.value = Linear(c.dim, self.num_kv_heads * self.head_dim, c.init_std, c.qkv_bias)
+        self.output = Linear(self.num_heads * self.head_dim, c.dim, c.residual_std)
         self.query_norm = RMSNorm(self.head_dim, c.norm_eps) if c.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, c.norm_eps) if c.qk_norm else None
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context, state: dict[str, Tensor] | None) -> Tensor:
         shape = (*x_BTD.shape[:2], -1, self.head_dim)
         q, k, v = self.query(x_BTD).view(shape), self.key(x_BTD).view(shape), self.value(x_BTD).view(shape)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k, v = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(self.number, k, v)
+        assert context.cos is not None
+        assert context.sin is not None
+        q, k = (rotate(x.transpose(1, 2), context.cos, context.sin) for x in (q, k))
+        v = v.transpose(1, 2)
+        if state is not None:
+            k, v = remember(state, k, v, context)
+        mask = context.masks[self.window]
         out_BHTE = attention(q, k, v, mask, causal=mask is None and q.shape[2] > 1)
         return self.output(out_BHTE.transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+    """SwiGLU, down(silu(gate(x)) * up(x)) (Shazeer 2020), or down(act(up(x))) with relu(x)^2 (So et al. 2021) or gelu."""
 
-    def __init__(self, c: LlamaConfig) -> None:
+    def __init__(self, c: Any) -> None:
         super().__init__()
-        self.gate = Linear(c.dim, c.width_of_mlp, c.init_std)
+        self.kind = c.mlp
+        self.gate = Linear(c.dim, c.width_of_mlp, c.init_std) if c.mlp == "swiglu" else None
         self.up = Linear(c.dim, c.width_of_mlp, c.init_std)
-        self.down = Linear(c.width_of_mlp, c.dim, c.init_std / math.sqrt(2 * c.num_layers))
+        self.down = Linear(c.width_of_mlp, c.dim, c.residual_std)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        up = self.up(x_BTD)
+        return self.down(F.relu(up).square() if self.kind == "relu2" else F.gelu(up))
 
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, c: LlamaConfig, number: int) -> None:
+    def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(c.dim, c.norm_eps)
-        self.attention = Attention(c, number)
+        self.attention = Attention(c)
         self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
+        self.window = self.attention.window
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, mask, cache)
+    def forward(self, x_BTD: Tensor, context: Context, state: dict[str, Tensor] | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context, state)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+    def new_state(self, rows: int, max_len: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        shape = (rows, self.attention.num_kv_heads, max_len, self.attention.head_dim)
+        return {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("keys", "values")}
+
+    def mixing_flops(self, context: int) -> float:
+        """Scores and sums over half of the context, or over the window: forward, for one token."""
+        seen = min((context + 1) / 2, self.window or context)
+        return 2 * 2 * self.attention.num_heads * self.attention.head_dim * seen

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import franca.models.llama  # noqa: F401 (joins the choice of models)
+import franca.models.hybrid  # noqa: F401 (with all families: they join the choice of models)
 from franca.checkpoint.sharded import CheckpointConfig
 from franca.checkpoint.store import find
 from franca.core.config import Count, Precision, config, load, problems_error

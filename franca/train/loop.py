@@ -4,6 +4,7 @@ There are no callbacks: what happens, and in which order, is what stands here.
 """
 
 import math
+import random
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -173,6 +174,8 @@ def step(run: Run, batch: Batch, num_valid: float) -> Noted:
     for first in range(0, rows, micro):
         if run.world.size > 1:
             model.set_requires_gradient_sync(first + micro >= rows)  # type: ignore[operator]
+        if getattr(settings.model, "dropout", 0.0):  # what is dropped follows from the place, as the data do
+            torch.manual_seed(random.Random(f"{settings.seed} {run.step} {first} {run.world.rank}").getrandbits(63))
         losses = model.losses(to_device(batch.part(first, micro), run.world.device))  # type: ignore[operator]
         (torch.stack(list(losses.values())).sum() * scale).backward()
         sums = {name: value.detach() + sums.get(name, 0.0) for name, value in losses.items()}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers import (
-    LlamaConfig as TheirLlamaConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from franca.checkpoint import convert, sharded
 from franca.checkpoint.store import Checkpoint, Store, find
@@ -28,6 +19,7 @@ from franca.core.config import check
 from franca.core.errors import ConfigError
 from franca.data.tokenizer import END_OF_TEXT, Tokenizer
 from franca.models import hf
+from franca.models.gpt2 import GPT2Config
 from franca.models.layers import RopeScaling
 from franca.models.llama import LlamaConfig
 
@@ -42,12 +34,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "llama3": {"rope_scaling": LLAMA3},
     "wide heads": {"head_dim": 16},
     "narrow heads": {"head_dim": 4},
-    "mlp": {"mlp_dim": 40},
-    "theta": {"rope_theta": 500.0},
-    "eps": {"norm_eps": 1e-2},
+    "mlp, theta and eps": {"mlp_dim": 40, "rope_theta": 500.0, "norm_eps": 1e-2},
     "like Llama 3.2": {"num_kv_heads": 2, "tied": True, "rope_scaling": LLAMA3, "rope_theta": 500.0},
     "like Qwen 3": {"num_kv_heads": 2, "tied": True, "qk_norm": True, "head_dim": 16, "rope_theta": 1e6, "norm_eps": 1e-6},
     "qk_norm and llama3": {"num_kv_heads": 1, "qk_norm": True, "rope_scaling": LLAMA3, "mlp_dim": 40},
+    "like Mistral": {"num_kv_heads": 2, "window": 9},
+    "like Qwen 2": {"num_kv_heads": 2, "tied": True, "qkv_bias": True, "rope_theta": 1e6, "norm_eps": 1e-6},
+    "qkv_bias and window": {"qkv_bias": True, "window": 9},
+    "gpt2": {"kind": "gpt2"},
+    "gpt2, untied": {"kind": "gpt2", "tied": False, "mlp_dim": 40, "dropout": 0.0},
 }
 TEXTS = [
     "The ship's log says: 12 barrels.",
@@ -58,9 +53,9 @@ TEXTS = [
 ]
 
 
-def shape(tokenizer: Tokenizer, **options: Any) -> LlamaConfig:
+def shape(tokenizer: Tokenizer, kind: str = "llama", **options: Any) -> Any:
     defaults = {"vocab_size": tokenizer.vocab_size, "dim": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 64}
-    return LlamaConfig(**{**defaults, **options})
+    return {"llama": LlamaConfig, "gpt2": GPT2Config}[kind](**{**defaults, **options})
 
 
 @dataclass
@@ -111,7 +106,11 @@ def test_transformers_computes_the_same_logits(exported: Exported) -> None:
 
 
 def test_the_exported_family_is_the_one_that_has_these_layers(exported: Exported) -> None:
-    expected = "qwen3" if exported.ours.config.qk_norm else "llama"
+    c = exported.ours.config
+    if c.kind == "gpt2":
+        expected = "gpt2"
+    else:
+        expected = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "mistral" if c.window else "llama"
     assert exported.theirs.config.model_type == expected
     assert sum(p.numel() for p in exported.theirs.parameters()) == sum(p.numel() for p in exported.ours.parameters())
 
@@ -135,8 +134,11 @@ def test_importing_the_export_gives_back_every_bit(exported: Exported, tmp_path:
     assert again.params["tokenizer"] == exported.checkpoint.params["tokenizer"]
     assert again.damage() == []
     built = model_config(again)
-    # What was derived is now written out; the shape is the same.
-    assert (built.width_of_head, built.width_of_mlp) == (exported.ours.config.width_of_head, exported.ours.config.width_of_mlp)
+    if built.kind == "gpt2":
+        assert built == exported.ours.config
+    else:  # what was derived is now written out; the shape is the same
+        expected = exported.ours.config
+        assert (built.width_of_head, built.width_of_mlp) == (expected.width_of_head, expected.width_of_mlp)
     assert (again.step, again.meta["weights_only"]) == (0, True)
 
 
@@ -196,8 +198,8 @@ def test_shards_with_an_index_load_there_and_here(one: tuple[Checkpoint, Path], 
     convert.export(one[0].path, whole)
     ours, _, _ = convert.open_model(one[0].path, torch.device("cpu"), "fp32")
     (whole / "model.safetensors").unlink()
-    tensors = hf.tensors_for(ours.config, dict(ours.named_parameters()), torch.float32)
-    hf.write_tensors(whole, tensors, shard_bytes=30_000)
+    tensors = dict(ours.named_parameters())
+    hf.write_tensors(whole, ours.config, tensors, lambda names: {n: tensors[n] for n in names}, torch.float32, 30_000)
     assert len(list(whole.glob("*.safetensors"))) > 2
     theirs = AutoModelForCausalLM.from_pretrained(whole)
     again, _, _ = convert.open_model(whole, torch.device("cpu"), "fp32")
@@ -238,6 +240,154 @@ def test_a_failed_import_leaves_no_run_and_can_be_repeated(one: tuple[Checkpoint
     assert find(tmp_path / "run").damage() == []
 
 
+def test_neither_way_needs_transformers(one: tuple[Checkpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it is now an error
+    convert.export(one[0].path, tmp_path / "hf")
+    convert.import_folder(tmp_path / "hf", tmp_path / "run")
+    assert find(tmp_path / "run").damage() == []
+
+
+def test_the_model_is_not_built_to_be_exported(
+    one: tuple[Checkpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is read in the parts that the files of the export have."""
+    read: list[int] = []
+    load = sharded.load
+
+    def noted(checkpoint: Checkpoint, tensors: dict[str, Tensor], num_ranks: int) -> None:
+        read.append(sum(tensor.nbytes for tensor in tensors.values()))
+        load(checkpoint, tensors, num_ranks)
+
+    monkeypatch.setattr(sharded, "load", noted)
+    monkeypatch.setattr(hf.write_tensors, "__defaults__", (30_000,))
+    convert.export(one[0].path, tmp_path / "hf", "bf16")
+    assert len(read) == len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    assert max(read) <= 30_000
+    exact = stored(one[0])["model.layers.1.mlp.up.weight"]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert torch.equal(theirs.model.layers[1].mlp.up_proj.weight, exact.bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_padded_vocabulary_is_exported_without_its_padding(
+    tokenizer: Tokenizer, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, kind: str
+) -> None:
+    config = shape(tokenizer, kind, vocab_multiple=1000)
+    checkpoint = make_checkpoint(tmp_path / "run", config)
+    convert.export(checkpoint.path, tmp_path / "hf")
+    ours, _, _ = convert.open_model(checkpoint.path, torch.device("cpu"), "fp32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = ids(tokenizer.vocab_size)
+    with torch.no_grad():
+        assert ours(tokens).shape == theirs(tokens).logits.shape
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() <= 1e-4
+
+
+def test_heads_of_later_tokens_are_left_out_aloud(
+    tokenizer: Tokenizer, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "run", shape(tokenizer, future_tokens=3))
+    with pytest.warns(UserWarning, match=r"left out, .*: future_heads\.0\.weight, future_heads\.1\.weight"):
+        convert.export(checkpoint.path, tmp_path / "hf")
+    ours, _, _ = convert.open_model(checkpoint.path, torch.device("cpu"), "fp32")
+    again, _, _ = convert.open_model(tmp_path / "hf", torch.device("cpu"), "fp32")
+    assert torch.equal(ours(ids(tokenizer.vocab_size)), again(ids(tokenizer.vocab_size)))
+
+
+def test_a_model_without_a_counterpart_leaves_no_folder(
+    tokenizer: Tokenizer, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "run", shape(tokenizer, mlp="relu2"))
+    with pytest.raises(ConfigError, match=r"kind 'llama', mlp relu2, .* has no counterpart"):
+        convert.export(checkpoint.path, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# --- one torch file
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "options", [{}, {"kind": "gpt2"}, {"future_tokens": 2, "mlp": "relu2"}], ids=["llama", "gpt2", "others"]
+)
+def test_a_torch_file_comes_back_as_the_same_checkpoint(
+    tokenizer: Tokenizer, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, options: dict[str, Any], precision: Any
+) -> None:
+    """Also one of a model that has no counterpart at Hugging Face."""
+    checkpoint = make_checkpoint(tmp_path / "run", shape(tokenizer, **options))
+    convert.export(checkpoint.path, tmp_path / "model.pt", precision, "torch")
+    held = torch.load(tmp_path / "model.pt", weights_only=True)
+    before = stored(checkpoint)
+    assert held["model"].keys() == {name.removeprefix("model.") for name in before}
+    assert {tensor.dtype for tensor in held["model"].values()} == {torch.float32 if precision == "fp32" else torch.bfloat16}
+    convert.import_folder(tmp_path / "model.pt", tmp_path / "again")
+    again = find(tmp_path / "again")
+    after = stored(again)
+    rounded = {name: tensor.to(held["model"][name.removeprefix("model.")].dtype).float() for name, tensor in before.items()}
+    assert all(torch.equal(rounded[name], after[name]) for name in before)
+    assert again.params == checkpoint.params
+    assert (again.path / "tokenizer.json").read_bytes() == (checkpoint.path / "tokenizer.json").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "model.pt", "run"]
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_torch_file_is_unpickled_by_nobody(tmp_path: Path) -> None:
+    torch.save({"model": {}, "params": Trap(tmp_path / "sprung"), "tokenizer": "{}"}, tmp_path / "model.pt")
+    with pytest.raises(ConfigError, match=r"model\.pt: is no file of `export --format torch` \(UnpicklingError\)") as caught:
+        convert.import_folder(tmp_path / "model.pt", tmp_path / "run")
+    assert "weights_only" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.norm.weight": None}, "norm.weight is missing"),
+        ({"model.norm.weight": torch.zeros(33)}, "norm.weight is (33,), params say (32,)"),
+        ({"model.norm.weight": torch.zeros(32).int()}, "norm.weight is missing, or holds no numbers of a model"),
+        ({"model.norm.bias": torch.zeros(32)}, "norm.bias is not known"),
+        ({"params": None}, "is no file of `export --format torch` (KeyError)"),
+        ({"params": {"model": {"kind": "llama", "dims": 1}}}, "dims"),
+        ({"tokenizer": "{}"}, "tokenizer: is not a tokenizer.json"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_torch_file_that_does_not_fit_is_one_error(
+    one: tuple[Checkpoint, Path], tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    convert.export(one[0].path, tmp_path / "model.pt", "fp32", "torch")
+    held = torch.load(tmp_path / "model.pt", weights_only=True)
+    for name, value in changes.items():
+        part, key = (held["model"], name.removeprefix("model.")) if name.startswith("model.") else (held, name)
+        part.pop(key, None)
+        if value is not None:
+            part[key] = value
+    torch.save(held, tmp_path / "changed.pt")
+    with pytest.raises(ConfigError) as caught:
+        convert.import_folder(tmp_path / "changed.pt", tmp_path / "run")
+    assert words in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 100, -100])
+def test_a_torn_torch_file_is_one_error(one: tuple[Checkpoint, Path], tmp_path: Path, keep: int) -> None:
+    convert.export(one[0].path, tmp_path / "model.pt", "fp32", "torch")
+    (tmp_path / "torn.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:keep])
+    with pytest.raises(ConfigError, match=r"torn\.pt: is no file of"):
+        convert.import_folder(tmp_path / "torn.pt", tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"model\.pt: exists already"):
+        convert.export(one[0].path, tmp_path / "model.pt", "fp32", "torch")
+
+
 # --- folders that others made
 
 
@@ -270,32 +420,30 @@ THEIR_ROPE = {
     "original_max_position_embeddings": 32,
 }
 THEIRS = {
-    "llama": (LlamaForCausalLM, TheirLlamaConfig, {}),
-    "llama, tied": (LlamaForCausalLM, TheirLlamaConfig, {"tie_word_embeddings": True}),
-    "llama3": (LlamaForCausalLM, TheirLlamaConfig, {"rope_parameters": THEIR_ROPE}),
-    "llama, head_dim": (LlamaForCausalLM, TheirLlamaConfig, {"head_dim": 16}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
-    "qwen3, tied": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
+    "llama3": ("llama", {"rope_parameters": THEIR_ROPE}),
+    "llama, tied, head_dim": ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": 9}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "gpt2": ("gpt2", {}),
 }
 
 
-@pytest.mark.parametrize("shard_size", ["1GB", "30KB"])
-@pytest.mark.parametrize(("model_class", "config_class", "options"), THEIRS.values(), ids=THEIRS.keys())
+@pytest.mark.parametrize(("kind", "options"), THEIRS.values(), ids=THEIRS.keys())
 def test_a_folder_saved_by_transformers_imports_with_equal_logits(
     tmp_path: Path,
     tokenizer: Tokenizer,
     tokenizer_file: Path,
-    model_class: Any,
-    config_class: Any,
+    kind: str,
     options: Any,
-    shard_size: str,
 ) -> None:
     torch.manual_seed(0)
-    theirs = model_class(config_class(vocab_size=tokenizer.vocab_size, **SIZES, **options)).eval()
-    for name, parameter in theirs.named_parameters():
-        if "norm" in name:
-            parameter.data = 1 + 0.3 * torch.randn_like(parameter)
-    theirs.save_pretrained(tmp_path / "hf", max_shard_size=shard_size)
+    values = AutoConfig.for_model(kind, vocab_size=tokenizer.vocab_size, **SIZES, **options)
+    theirs = AutoModelForCausalLM.from_config(values).eval()
+    for parameter in theirs.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="30KB")
     (tmp_path / "hf" / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     convert.import_folder(tmp_path / "hf", tmp_path / "run")
     ours, _, special = convert.open_model(tmp_path / "run", torch.device("cpu"), "fp32")
@@ -398,7 +546,7 @@ def test_params_that_say_too_little_are_one_error(
 
 
 def test_a_folder_that_is_none_is_said_to_be_none(one: tuple[Checkpoint, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not a Hugging Face folder"):
+    with pytest.raises(ConfigError, match=r"is not a Hugging Face folder .*, nor a file"):
         convert.import_folder(tmp_path, tmp_path / "run")
     with pytest.raises(ConfigError, match="is neither a run nor a checkpoint folder"):
         convert.export(tmp_path, tmp_path / "hf")

@@ -1,7 +1,7 @@
 """One small model as a run's checkpoint, made the way a run makes it, and the same as a Hugging Face folder."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,35 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test th
 from franca.checkpoint import convert, sharded
 from franca.checkpoint.store import Store
 from franca.data.tokenizer import Tokenizer
+from franca.models.gpt2 import GPT2Config
+from franca.models.hawk import HawkConfig
+from franca.models.hybrid import HybridConfig
 from franca.models.llama import LlamaConfig
+from franca.models.mamba import MambaConfig
+from franca.models.minrnn import MinGRUConfig
 from franca.parallel.apply import init_weights
+
+# One small shape of every kind of cache: whoever adds a family adds a line.
+SHARED: dict[str, Any] = {"vocab_size": 96, "dim": 24, "num_layers": 2, "max_seq_len": 64, "init_std": 0.3}
+LLAMA = LlamaConfig(num_heads=4, num_kv_heads=2, mlp_dim=32, **SHARED)
+MAMBA = MambaConfig(kind="mamba", head_dim=8, state_dim=6, num_groups=2, **SHARED)
+HAWK = HawkConfig(kind="hawk", width_multiple=8, mlp_dim=32, **SHARED)
+MINGRU = MinGRUConfig(kind="mingru", width_multiple=8, **SHARED)
+FAMILIES: dict[str, Any] = {
+    "llama": LLAMA,
+    "gpt2": GPT2Config(num_heads=4, dropout=0.0, **SHARED),
+    "hybrid": HybridConfig(
+        kind="hybrid", blocks=(HAWK, replace(LLAMA, window=7), MAMBA, MINGRU), **{**SHARED, "num_layers": 4}
+    ),
+}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    """A random model of each family."""
+    model = FAMILIES[request.param].build()
+    init_weights(model, torch.Generator().manual_seed(1))
+    return model.eval().requires_grad_(False)
 
 
 @dataclass

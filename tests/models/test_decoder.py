@@ -136,7 +136,7 @@ def test_documents_and_positions_are_refused_with_a_cache(model: Decoder, name: 
     cache = model.new_cache(1, 8)
     with pytest.raises(ValueError, match="given with a cache, which counts positions itself"):
         model(tokens(1, 4), cache=cache, **{name: torch.zeros(1, 4, dtype=torch.int64)})
-    assert cache.length == 0
+    assert cache.lengths.tolist() == [0]
 
 
 # --- counts
