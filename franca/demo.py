@@ -77,7 +77,15 @@ def write_settings(folder: Path, steps: int) -> tuple[Path, Path]:
     }
     train = {
         "run": str(folder / "run"),
-        "model": {"dim": 192, "num_layers": 4, "num_heads": 3, "max_seq_len": 256, "tied": True, "init_std": 0.06},
+        "model": {
+            "kind": "llama",
+            "dim": 192,
+            "num_layers": 4,
+            "num_heads": 3,
+            "max_seq_len": 256,
+            "tied": True,
+            "init_std": 0.06,
+        },
         "data": {"sources": [{"path": str(folder / "data")}], "seq_len": 256},
         "train": {"length": f"{steps} steps", "batch_samples": 4, "precision": "fp32"},
         "optim": {"lr": 5e-3, "beta2": 0.98, "warmup": f"{max(1, steps // 20)} steps", "final_lr_ratio": 0.02},

@@ -24,7 +24,7 @@ STEEPEST = 1000.0  # gradient of the square root of equation 4, near a decay of 
 @config
 class HawkConfig(TrunkConfig):
     """`form: lingua` is Meta Lingua's: decays that begin near 0 (without the inverse softplus), SiLU in place of GELU and after
-    the convolution, the norm's output added to the recurrence's.
+    the convolution, the norm's output added to the recurrence's. Gates have biases, and each feature its own decay, in both.
     """
 
     kind: Literal["hawk"]

@@ -141,6 +141,7 @@ class Block(nn.Module):
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("keys", "values")}
 
     def mixing_flops(self, context: int) -> float:
-        """Scores and sums over half of the context, or over the window: forward, for one token."""
-        seen = min((context + 1) / 2, self.window or context)
+        """Scores and sums over what a position sees on average, up to half of the context: forward, for one token."""
+        window = min(self.window or context, context)
+        seen = window - window * (window - 1) / (2 * context)
         return 2 * 2 * self.attention.num_heads * self.attention.head_dim * seen
