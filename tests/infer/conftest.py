@@ -56,13 +56,21 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    root = tmp_path_factory.mktemp("trained")
+    shape = {"dim": 32, "num_layers": 2, "max_seq_len": 64, "init_std": 0.2}
+    return make_trained(tmp_path_factory.mktemp("trained"), LlamaConfig(num_heads=4, num_kv_heads=2, **shape))
+
+
+@pytest.fixture(scope="session")
+def make() -> Any:
+    """`make(folder, shape)`: a run and its export, with a vocabulary of its own."""
+    return make_trained
+
+
+def make_trained(root: Path, shape: Any) -> Trained:
     texts = ["The miller's daughter counted 1,024 geese;  two were missing.\n", "größer als jedes Haus; l'été déjà passé\n"]
     tokenizer = Tokenizer.train(iter(texts * 10), vocab_size=320)
     (root / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=64, init_std=0.2
-    )
+    config = replace(shape, vocab_size=tokenizer.vocab_size)
     model = config.build()
     init_weights(model, torch.Generator().manual_seed(0))
     beside = convert.params_writer(config, {"bos": tokenizer.bos, "eos": tokenizer.eos}, root / "tokenizer.json")

@@ -2,6 +2,7 @@
 
 import random
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from franca.core.config import check
 from franca.core.errors import ConfigError
 from franca.infer import generate as module
 from franca.infer.generate import Result, SamplingConfig, Text, choose, generate, stream
+from franca.models.gpt2 import GPT2Config
+from franca.models.llama import LlamaConfig
 
 GREEDY = SamplingConfig(max_new_tokens=20, temperature=0)
 EQUAL = [[5, 9, 200, 7], [300, 1, 2, 3], [40, 41, 42, 43]]
@@ -54,6 +57,22 @@ def test_greedy_tokens_are_those_of_transformers(trained: Any, theirs: Any, prom
     assert tokens_of(ours) == their_greedy(theirs, prompts, None, 20)
     assert {result.finish for result in ours} == {"length"}
     assert len({token for row in ours for token in row.tokens}) > 5  # not one token for ever
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        GPT2Config(num_heads=4, vocab_multiple=64, dim=32, num_layers=2, max_seq_len=64, init_std=0.2),
+        LlamaConfig(num_heads=4, window=9, dim=32, num_layers=2, max_seq_len=64, init_std=0.2),
+    ],
+    ids=["gpt2", "window"],
+)
+def test_greedy_tokens_of_other_families_are_those_of_transformers(tmp_path: Path, make: Any, shape: Any) -> None:
+    made = make(tmp_path, shape)
+    theirs = AutoModelForCausalLM.from_pretrained(made.folder)
+    ours = tokens_of(generate(made.model, UNEQUAL, GREEDY))
+    assert ours == their_greedy(theirs, UNEQUAL, None, 20)
+    assert len({token for row in ours for token in row}) > 5
 
 
 @pytest.mark.parametrize("prompts", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
