@@ -12,8 +12,8 @@ test: check .venv/slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=8
 
 check: .venv/dev
-	$(BIN)/ruff check franca tests benchmarks
-	$(BIN)/ruff format --check franca tests benchmarks
+	$(BIN)/ruff check franca tests benchmarks experiments
+	$(BIN)/ruff format --check franca tests benchmarks experiments experiments
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -21,8 +21,8 @@ bench: .venv/dev
 	$(BIN)/python -m benchmarks.run
 
 fmt: .venv/dev
-	$(BIN)/ruff check --fix franca tests benchmarks
-	$(BIN)/ruff format franca tests benchmarks
+	$(BIN)/ruff check --fix franca tests benchmarks experiments
+	$(BIN)/ruff format franca tests benchmarks experiments
 
 clean:
 	rm -rf .venv demo build *.egg-info

@@ -138,9 +138,12 @@ def export(
 
 @app.command("import", epilog="Example: franca import Llama-3.2-1B imported/llama-1b")
 def import_(
-    source: Annotated[Path, typer.Argument(help="A folder with safetensors, or a torch file of export.")], output: Output
+    source: Annotated[Path, typer.Argument(help="A folder with safetensors, or a torch file of export.")],
+    output: Output,
+    imports: Imports = None,
 ) -> None:
     """A Hugging Face folder as a checkpoint to sample from, or to start from (init_from)."""
+    _import(imports)
     _call("franca.checkpoint.convert:import_folder", source, output)
     print(output)
 

@@ -18,6 +18,7 @@ import pytest
 import franca.models.hybrid  # noqa: F401 (with all families)
 from franca.models.base import ModelConfig
 from franca.models.decoder import TrunkConfig
+from franca.models.hf import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,7 +52,8 @@ def test_what_a_page_shows_is_what_happens(page: Path, tmp_path: Path) -> None:
     caches = {"HF_HOME": str(tmp_path / "hf_home"), "PYTHONUNBUFFERED": "1"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | caches | {"PATH": path}
-    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, stdout=-1, text=True, timeout=LIMIT_S)
+    given: dict[str, Any] = {"cwd": tmp_path, "env": environment, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    result = subprocess.run(["bash", "-c", script], text=True, timeout=LIMIT_S, **given)
     found = re.findall(rf"(.*?){END} (\d+)\n", result.stdout, re.DOTALL)
     for (command, shown), (printed, code) in zip(commands, found, strict=True):
         assert (code == "0") == ("error: " not in shown), f"{page.name}: $ {command}\nexit code {code}\n{printed}"
@@ -66,15 +68,15 @@ def test_numbers_that_a_machine_decides_may_differ_and_nothing_else() -> None:
 
 def test_every_option_of_every_family_has_its_line() -> None:
     page = (ROOT / "docs" / "models.md").read_text()
-    sections = {
-        kind: text
-        for kinds, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", page, re.M | re.S)
-        for kind in re.findall(r"`(\w+)`", kinds)
-    }
+    sections = dict[str, str]()
+    for title, *text in (section.splitlines() for section in page.split("\n## ")[1:]):
+        sections |= dict.fromkeys(re.findall(r"`(\w+)`", title), "\n".join(text))
     shared = {field.name for field in fields(TrunkConfig)}
     families = {kind: family for kind, family in ModelConfig.members.items() if family.__module__.startswith("franca.")}
-    missing = [name for name in sorted(shared) if f"| `{name}` |" not in sections["model"]]
-    for kind, family in families.items():
-        options = {field.name for field in fields(family)} - shared - {"kind"}
-        missing += [f"{kind}.{name}" for name in sorted(options) if f"| `{name}` |" not in sections.get(kind, "")]
-    assert missing == []
+    options = {"model": shared} | {kind: {f.name for f in fields(x)} - shared - {"kind"} for kind, x in families.items()}
+    assert len(options) == 8
+    wanted = [(kind, name) for kind, names in options.items() for name in sorted(names)]
+    assert [pair for pair in wanted if f"\n| `{pair[1]}` | " not in sections.get(pair[0], "")] == []
+    given = {(kind, name) for kind, text in sections.items() for name in re.findall(r"^\| `(\w+)` \| ", text, re.MULTILINE)}
+    assert given == set(wanted), "an option that is no more"
+    assert [f.architecture for f in FAMILIES.values() if f"`{f.architecture}`" not in page] == []

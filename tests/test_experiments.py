@@ -3,7 +3,9 @@
 import importlib
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,6 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from franca.__main__ import main
 from franca.checkpoint.convert import open_model
@@ -146,6 +147,20 @@ def test_the_library_does_not_know_its_experiments() -> None:
 
 # --- the whole way
 
+PROMPT = "7 and"
+ELSEWHERE = f"""
+import json, sys
+sys.modules["franca"] = None  # as where it is not installed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokens = tokenizer(text, return_tensors="pt")["input_ids"]
+answer = model.generate(**tokenizer("{PROMPT}", return_tensors="pt"), max_new_tokens=12, do_sample=False)[0]
+answer = tokenizer.decode(answer, skip_special_tokens=True)
+print(json.dumps({{"tokens": tokens.tolist(), "logits": model(tokens).logits.tolist(), "answer": answer}}))
+"""
+
 
 @pytest.fixture
 def franca(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
@@ -190,7 +205,7 @@ def write_files(folder: Path, shape: dict[str, Any]) -> tuple[Path, Path]:
 
 
 @each_shape
-def test_the_whole_way(shape: dict[str, Any], franca, records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_way(shape: dict[str, Any], franca, records, tmp_path: Path) -> None:
     data, run_file = write_files(tmp_path, shape)
     run, again, exported = tmp_path / "run", tmp_path / "again", tmp_path / "hf"
     franca("prepare", data)
@@ -208,15 +223,17 @@ def test_the_whole_way(shape: dict[str, Any], franca, records, tmp_path: Path, m
     without_stop = open_model(again, CPU, "fp32")[0].state_dict()
     assert all(torch.equal(tensor, without_stop[name]) for name, tensor in model.state_dict().items())
 
-    said = franca("sample", run, "--imports", MODULE, "-p", "7 and", "temperature=0", "max_new_tokens=12")
-    assert said.startswith("7 and")
+    said = franca("sample", run, "--imports", MODULE, "-p", PROMPT, "temperature=0", "max_new_tokens=12")
+    assert said.startswith(PROMPT)
     franca("export", run, exported, "--imports", MODULE)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])  # where transformers puts that folder
-    theirs = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
-    tokens = torch.from_numpy(tokenizer.encode(["7 and 8 are 15; 9 and 10 are"])[0]).long()[None]
+    text = "7 and 8 are 15; 9 and 10 are"
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", ELSEWHERE, str(exported), text]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    theirs = json.loads(result.stdout)
+    tokens = torch.from_numpy(tokenizer.encode([text])[0]).long()[None]
+    assert theirs["tokens"] == tokens.tolist()
     with torch.no_grad():
-        same(theirs(tokens).logits, model(tokens))
-    words = AutoTokenizer.from_pretrained(exported)
-    answer = theirs.generate(**words("7 and", return_tensors="pt"), max_new_tokens=12, do_sample=False)
-    assert words.decode(answer[0], skip_special_tokens=True).strip() == said.strip()
+        same(torch.tensor(theirs["logits"]), model(tokens))
+    assert theirs["answer"].strip() == said.strip().removesuffix("---").strip()

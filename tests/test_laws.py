@@ -60,4 +60,9 @@ def test_torch_distributed_stays_on_its_floors() -> None:
 
 
 def test_nothing_is_unpickled_freely_or_passed_to_a_shell() -> None:
-    assert offenders(r"pickle\.loads?\(|torch\.load\((?!.*weights_only=True)|weights_only=False|shell=True|os\.system|(?<![.\w])(eval|exec)\(") == []
+    assert (
+        offenders(
+            r"pickle\.loads?\(|torch\.load\((?!.*weights_only=True)|weights_only=False|shell=True|os\.system|(?<![.\w])(eval|exec)\("
+        )
+        == []
+    )

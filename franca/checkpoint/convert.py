@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import franca.models.hybrid  # noqa: F401 (with all families: they join the choice of models)
 from franca.checkpoint import sharded
 from franca.checkpoint.store import Checkpoint, Store, find, read_json
 from franca.core.config import Precision, check, config, problems_error, to_dict
 from franca.core.errors import ConfigError
 from franca.core.run import sync_folder, write_atomically
 from franca.data.tokenizer import Tokenizer
-from franca.models import hf
+from franca.models import hf, modeling
 from franca.models.base import ModelConfig, owners
 from franca.parallel.apply import DTYPES
 from franca.parallel.world import World
@@ -83,7 +84,8 @@ def open_model(path: Path, device: torch.device, precision: Precision) -> tuple[
 def _from_hf(folder: Path, dtype: torch.dtype) -> tuple[Any, Special]:
     values = read_json(folder / "config.json")
     model = _empty(hf.from_hf_config(values, str(folder / "config.json")), dtype)
-    hf.load_into(dict(model.named_parameters()), model.config, folder)
+    own = values["model_type"] == modeling.MODEL_TYPE
+    hf.load_into(dict(model.named_parameters()), model.config, folder, own)
     return model, {name: values.get(f"{name}_token_id") for name in ("bos", "eos")}
 
 
@@ -101,10 +103,13 @@ def _on_meta(shape: ModelConfig) -> Any:
 
 
 def _empty(shape: ModelConfig, dtype: torch.dtype) -> Any:
-    """A model on the CPU whose parameters, in `dtype`, are waiting for their values; its buffers are set."""
+    """A model on the CPU whose parameters are waiting for their values, in `dtype`: all but decays and steps of time, which
+    recurrences use in fp32. Its buffers are set.
+    """
     model = _on_meta(shape)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".weight", ".bias")):
+            parameter.data = parameter.data.to(dtype)
     model.to_empty(device="cpu")
     for module in owners(model):
         if not module._parameters:
@@ -155,7 +160,8 @@ def export(source: Path, output: Path, precision: Precision = "fp32", form: Form
             text = (checkpoint.path / "tokenizer.json").read_text(encoding="utf-8")
             torch.save({"model": fetch(list(shapes)), "params": checkpoint.params, "tokenizer": text}, file)
         return
-    later = [name for name in shapes if name.startswith("future_heads.")]
+    known = hf.family_of(params.model) is not None
+    later = [name for name in shapes if known and name.startswith("future_heads.")]
     if later:
         warnings.warn(f"{source}: left out, as transformers predicts the next token alone: {', '.join(later)}", stacklevel=2)
     with _new(output) as folder:
@@ -177,8 +183,9 @@ def _write_facts(folder: Path, params: Params, tokenizer: Tokenizer, dtype: torc
             **{f"{name}_token": tokenizer.backend.id_to_token(ids_of(special, name)[0]) for name in given},
         },
     }
-    for name, values in files.items():
-        (folder / name).write_text(json.dumps(values, indent=2))
+    code = modeling.sources(params.model) if hf.family_of(params.model) is None else {}
+    for name, text in {**{name: json.dumps(values, indent=2) for name, values in files.items()}, **code}.items():
+        (folder / name).write_text(text, encoding="utf-8")
     (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
 
 

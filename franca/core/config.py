@@ -125,7 +125,8 @@ def load(cls: type[T], path: Path, words: Sequence[str] = ()) -> T:
 
 def check(cls: type[T], values: dict[str, Any], where: str) -> T:
     """A plain dict as a checked `cls`; `where` names it in messages."""
-    modules = values.get("imports", ())
+    fields: Any = getattr(cls, "__dataclass_fields__", ())
+    modules = values.get("imports", ()) if "imports" in fields else ()  # what a download names is not imported
     for name in modules if isinstance(modules, list | tuple) else ():
         try:
             importlib.import_module(str(name))

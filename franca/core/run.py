@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -126,23 +126,24 @@ class RunFolder:
         """The number of the attempt that starts now: 1 for the first."""
         return 1 + max((record["attempt"] for record in read_records(self.events)), default=0)
 
-    def snapshot_code(self, package: Path) -> str:
-        """Copy the package's source into `code/<fingerprint>/` once, with the git commit and the uncommitted diff.
+    def snapshot_code(self, package: Path, modules: Iterable[Path] = ()) -> str:
+        """Copy the package's source and other modules into `code/<fingerprint>/` once, with git's commit and uncommitted diff.
 
         Returns the fingerprint of the sources, so that an attempt can name the code that it ran.
         """
         files = sorted(file for file in package.rglob("*") if file.suffix in (".py", ".j2") and file.is_file())
         digest = hashlib.sha256()
-        for file in files:
-            digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes() + b"\0")
+        copies = {f"{package.name}/{file.relative_to(package)}": file for file in files} | {m.name: m for m in modules}
+        for name, file in copies.items():
+            digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
         fingerprint = digest.hexdigest()[:12]
         target = self.code / fingerprint
         if target.exists():
             return fingerprint
         partial = self.code / f".{fingerprint}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        for file in files:
-            copy = partial / package.name / file.relative_to(package)
+        for name, file in copies.items():
+            copy = partial / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
         tracked = _git(package, "ls-files", "__init__.py")  # nothing for a package that only lies inside a foreign checkout

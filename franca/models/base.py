@@ -108,7 +108,7 @@ class ModelConfig(Choice):
 
     vocab_size: int | None
     max_seq_len: int
-    hf_names: ClassVar[dict[str, str]]  # our parameter name -> Hugging Face's; {} stands for the layer's number
+    hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> Hugging Face's; {} stands for the layer's number
 
     def build(self) -> Any:
         """The model (`Model`), on torch's current default device."""

@@ -1,12 +1,14 @@
 """Hugging Face's names and folders: `config.json` to our config and back, tensors from and to safetensors.
 
-Each family says what its tensors are called there (`hf_names`); what its `config.json` says stands here. A name there may end
-in one of `FORMS`; several of ours under one name are joined along the first dimension, in the order of the table.
+Each family says what its tensors are called there (`hf_names`); what its `config.json` says stands here. The end of a name may
+be one of `FORMS`; several of ours under one name are joined along the first dimension, in the order of the table. A model that
+fits no family keeps our names, behind `model.`, and its own code goes with it (`models.modeling`).
 What it refuses to know: tokenizers, checkpoints, devices. A tensor that has no place on the other side is an error, never
 left out in silence.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,18 +22,24 @@ from torch import Tensor
 
 from franca.core.config import check, problems_error
 from franca.core.errors import ConfigError
+from franca.models import modeling
 from franca.models.base import ModelConfig
 from franca.models.decoder import TrunkConfig
 from franca.models.gpt2 import GPT2Config
 from franca.models.layers import RopeScaling
 from franca.models.llama import LlamaConfig
+from franca.models.mamba import MambaConfig
 
 SHARD_BYTES = 5_000_000_000
 Values = dict[str, Any]  # of a config.json
 Fetch = Callable[[list[str]], dict[str, Tensor]]  # our names -> our tensors
 
-# How theirs is made of ours, and ours of theirs, by the end of the name.
-FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {".T": (Tensor.t, Tensor.t)}
+# How theirs is made of ours, and ours of theirs, by the end of the name; what is in brackets is not written.
+FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    r"(\.T)$": (Tensor.t, Tensor.t),
+    r"\.conv1d\.weight()$": (lambda t: t.unsqueeze(1), lambda t: t.squeeze(1)),
+    r"(:ours)$": (lambda t: t, lambda t: t),
+}
 # Stored by some exporters though it follows from the rest: the frequencies of RoPE, GPT-2's causal mask.
 IMPLIED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,6 +99,20 @@ def _write_gpt2(c: GPT2Config) -> Values:
     return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
 
 
+def _read_mamba(given: Values, where: str) -> Values:
+    inner, heads = given["expand"] * _take(given, "hidden_size", where), given["num_heads"] * given["head_dim"]
+    if inner != heads:
+        raise ConfigError(f"{where}: num_heads * head_dim is {heads}, expand * hidden_size is {inner}; they must be equal")
+    bounds = [bound["__float__"] if isinstance(bound, dict) else bound for bound in given["time_step_limit"]]
+    if [float(bound) for bound in bounds] != [0.0, math.inf]:
+        raise ConfigError(f"{where}: time_step_limit is {bounds}; only steps of time without limits can be imported")
+    return {}
+
+
+def _write_mamba(c: MambaConfig) -> Values:
+    return {"num_heads": c.num_heads, "time_step_rank": math.ceil(c.dim / 16)}
+
+
 @dataclass(frozen=True)
 class Family:
     """What the `config.json` of one `model_type` says."""
@@ -134,6 +156,41 @@ _QWEN_DEFAULTS = _LLAMA_DEFAULTS | {
 _GPT2_DEFAULTS = {"n_inner": None, "initializer_range": 0.02, "tie_word_embeddings": True} | dict.fromkeys(
     ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1
 )
+_MAMBA = _SHARED | {
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "head_dim": "head_dim",
+    "state_dim": "state_size",
+    "num_groups": "n_groups",
+    "expand": "expand",
+    "conv_size": "conv_kernel",
+    "dt_min": "time_step_min",
+    "dt_max": "time_step_max",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "layer_norm_epsilon",
+}
+_MAMBA_DEFAULTS = {
+    "num_heads": 128,
+    "head_dim": 64,
+    "state_size": 128,
+    "n_groups": 8,
+    "expand": 2,
+    "conv_kernel": 4,
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "time_step_min": 0.001,
+    "time_step_max": 0.1,
+    "time_step_limit": (0.0, math.inf),
+    "max_position_embeddings": 2048,  # they do not say it, and the model has no limit
+}
+_MAMBA_FIXED = {  # chunk_size may be any; transformers does not look at norm_before_gate, and gates before the norm
+    "hidden_act": ("silu", "swish"),
+    "use_bias": (False,),
+    "use_conv_bias": (True,),
+    "rms_norm": (True,),
+    "residual_in_fp32": (False, True),
+}
 _PLAIN: Values = {"mlp": "swiglu", "qkv_bias": False, "qk_norm": False}
 _FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0.0, None)}
 _GPT2_FIXED = {  # the activations are one function under three names
@@ -177,32 +234,53 @@ FAMILIES = {  # by `model_type`; a config of ours is the first family that it fi
         _FIXED,
     ),
     "gpt2": Family(GPT2Config, "GPT2LMHeadModel", _GPT2, _read_gpt2, _write_gpt2, {}, _GPT2_DEFAULTS, _GPT2_FIXED),
+    "mamba2": Family(
+        MambaConfig,
+        "Mamba2ForCausalLM",
+        _MAMBA,
+        _read_mamba,
+        _write_mamba,
+        {"kind": "mamba", "dt_bias": True},
+        _MAMBA_DEFAULTS,
+        _MAMBA_FIXED,
+    ),
 }
 
 
 def to_hf_config(c: ModelConfig, special: Mapping[str, Any], dtype: torch.dtype) -> Values:
-    """The `config.json` of a model. `special`: its `bos` and `eos` ids. Raises ConfigError for a model they do not have."""
-    families = {kind: family for kind, family in FAMILIES.items() if isinstance(c, family.config)}
-    fitting = [kind for kind, f in families.items() if all(getattr(c, name) == value for name, value in f.ours.items())]
-    if not fitting:
-        told = "".join(f", {name} {getattr(c, name)}" for name in sorted({name for f in families.values() for name in f.ours}))
-        raise ConfigError(f"a model of kind {getattr(c, 'kind', '?')!r}{told} has no counterpart among {', '.join(FAMILIES)}")
-    kind, family = fitting[0], families[fitting[0]]
+    """The `config.json` of a model. `special`: its `bos` and `eos` ids."""
+    values, kind = modeling.to_config(c), family_of(c)
+    if kind is not None:
+        family = FAMILIES[kind]
+        values = {
+            "model_type": kind,
+            "architectures": [family.architecture],
+            **{theirs: getattr(c, ours) for ours, theirs in family.names.items()},
+            **{name: allowed[0] for name, allowed in family.fixed.items()},
+            **family.write(c),
+        }
     return {
-        "model_type": kind,
-        "architectures": [family.architecture],
-        **{theirs: getattr(c, ours) for ours, theirs in family.names.items()},
-        **{name: allowed[0] for name, allowed in family.fixed.items()},
-        **family.write(c),
+        **values,
         **{f"{name}_token_id": special.get(name) for name in ("bos", "eos")},
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
+        "use_cache": kind is not None,
     }
+
+
+def family_of(c: ModelConfig) -> str | None:
+    """The first of `FAMILIES` that computes what our model computes; None: its code goes with it."""
+    for kind, family in FAMILIES.items():
+        # a class below ours may be a user's, which computes something else
+        if type(c) is family.config and all(getattr(c, name) == value for name, value in family.ours.items()):
+            return kind
+    return None
 
 
 def from_hf_config(values: Values, where: str) -> Any:
     """Our config for a `config.json`. Raises ConfigError for a family or an option that our model does not compute."""
     kind = values.get("model_type")
+    if kind == modeling.MODEL_TYPE:
+        return _sound(modeling.from_config(values, where), where)
     if kind not in FAMILIES:
         raise ConfigError(f"{where}: model_type {kind!r} cannot be imported; expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
@@ -215,7 +293,10 @@ def from_hf_config(values: Values, where: str) -> Any:
         shape |= family.read(given, where)
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{where}: holds a value of another type than it should ({error})") from None
-    config = check(family.config, shape, where)
+    return _sound(check(family.config, shape, where), where)
+
+
+def _sound(config: Any, where: str) -> Any:
     if found := config.problems():
         raise problems_error(where, found)
     return config
@@ -227,8 +308,10 @@ def _take(values: Values, name: str, where: str) -> Any:
     return values[name]
 
 
-def their_names(c: ModelConfig, parameters: Iterable[str]) -> dict[str, str]:
-    """Our parameter names -> Hugging Face's, with their forms."""
+def their_names(c: ModelConfig, parameters: Iterable[str], own: bool = False) -> dict[str, str]:
+    """Our parameter names -> Hugging Face's, with their forms. `own`: in a folder with its own code."""
+    if own:
+        return {n: f"model.{n}:ours" for n in parameters}
     return {n: c.hf_names[_pattern(n)].format(*re.findall(r"\d+", n)) for n in parameters}
 
 
@@ -236,25 +319,27 @@ def _pattern(ours: str) -> str:
     return re.sub(r"\d+", "{}", ours, count=1)
 
 
-def _places(c: ModelConfig, parameters: Iterable[str]) -> dict[str, list[str]]:
+def _places(c: ModelConfig, parameters: Iterable[str], own: bool) -> dict[str, list[str]]:
     """Hugging Face's names, with their forms -> those of ours that they are made of, in order."""
     places: dict[str, list[str]] = {}
-    for ours, theirs in their_names(c, parameters).items():
+    for ours, theirs in their_names(c, parameters, own).items():
         places.setdefault(theirs, []).append(ours)
+    if own:
+        return places
     order = list(c.hf_names)
     return {theirs: sorted(ours, key=lambda name: order.index(_pattern(name))) for theirs, ours in places.items()}
 
 
 def _split_form(theirs: str) -> tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     for end, (there, back) in FORMS.items():
-        if theirs.endswith(end):
-            return theirs.removesuffix(end), there, back
+        if found := re.search(end, theirs):
+            return theirs[: found.start(1)], there, back
     return theirs, lambda x: x, lambda x: x
 
 
 def _rows(c: ModelConfig, ours: str, tensor: Tensor) -> int:
     """Rows of a tensor of ours that they have too: all but the padding of the vocabulary."""
-    padded = ours in ("embedding.weight", "head.weight")
+    padded = re.fullmatch(r"(embedding|head|future_heads\.\d+)\.weight", ours)
     return c.vocab_size if padded and c.vocab_size is not None else len(tensor)
 
 
@@ -273,7 +358,7 @@ def write_tensors(
     """
     shards: list[dict[str, list[str]]] = []
     total, size = 0, shard_bytes
-    for theirs, ours in _places(c, shapes).items():
+    for theirs, ours in _places(c, shapes, own=family_of(c) is None).items():
         nbytes = dtype.itemsize * sum(_rows(c, n, shapes[n]) * shapes[n][:1].numel() for n in ours)
         if size + nbytes > shard_bytes:
             shards.append({})
@@ -301,11 +386,14 @@ def _write_shard(path: Path, c: ModelConfig, shard: dict[str, list[str]], fetch:
     return list(tensors)
 
 
-def load_into(parameters: Mapping[str, Tensor], c: ModelConfig, folder: Path) -> None:
-    """Copy a folder's tensors into our parameters. Raises ConfigError for what is missing, left over, broken or misshapen."""
-    stored = _find_tensors(folder, prefix=c.hf_names["embedding.weight"].split(".")[0])
+def load_into(parameters: Mapping[str, Tensor], c: ModelConfig, folder: Path, own: bool = False) -> None:
+    """Copy a folder's tensors into our parameters; `own`: of one with its own code.
+
+    Raises ConfigError for what is missing, left over, broken or misshapen.
+    """
+    stored = _find_tensors(folder, prefix="model" if own else c.hf_names["embedding.weight"].split(".")[0])
     tied = "head.weight" not in parameters
-    places = _places(c, parameters)
+    places = _places(c, parameters, own)
     names = [_split_form(theirs)[0] for theirs in places]
     known = {*names, "lm_head.weight"} if tied else set(names)
     missing = [name for name in names if name not in stored]

@@ -118,7 +118,7 @@ class Block(nn.Module):
 
     def __init__(self, c: MambaConfig) -> None:
         super().__init__()
-        self.shape_B, self.shape_x = (c.num_groups, c.state_dim), (c.num_heads, c.head_dim)
+        self.group_shape, self.head_shape = (c.num_groups, c.state_dim), (c.num_heads, c.head_dim)
         self.sizes = [c.inner_dim, c.inner_dim + 2 * c.num_groups * c.state_dim, c.num_heads]  # z; x, B, C; dt
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.input = Linear(c.dim, sum(self.sizes), c.init_std)
@@ -130,9 +130,9 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context, state: dict[str, Tensor] | None) -> Tensor:
         z_BTI, xbc, dt_BTH = self.input(self.norm(x_BTD)).split(self.sizes, dim=-1)
         xbc = F.silu(self.conv(xbc, context.starts_BT, state))
-        group = math.prod(self.shape_B)
+        group = math.prod(self.group_shape)
         x, b, c = xbc.split([self.sizes[0], group, group], dim=-1)
-        x, b, c = x.unflatten(-1, self.shape_x), b.unflatten(-1, self.shape_B), c.unflatten(-1, self.shape_B)
+        x, b, c = x.unflatten(-1, self.head_shape), b.unflatten(-1, self.group_shape), c.unflatten(-1, self.group_shape)
         hidden = None if state is None else state["hidden"]
         y_BTHP, last = self.recurrence(x, dt_BTH, b, c, context.starts_BT, hidden)
         if hidden is not None:
@@ -140,9 +140,9 @@ class Block(nn.Module):
         return x_BTD + self.output(self.gate_norm(y_BTHP.flatten(2) * F.silu(z_BTI)))
 
     def new_state(self, rows: int, max_len: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        hidden = torch.zeros(rows, *self.shape_x, self.shape_B[1], device=device)
+        hidden = torch.zeros(rows, *self.head_shape, self.group_shape[1], device=device)
         return {"hidden": hidden} | self.conv.new_state(rows, dtype, device)
 
     def mixing_flops(self, context: int) -> float:
         """The state's update and its reading: two products of P x N for each head, however the training computes them."""
-        return 2 * 2 * math.prod(self.shape_x) * self.shape_B[1]
+        return 2 * 2 * math.prod(self.head_shape) * self.group_shape[1]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from franca.models.plain_config import read
 
@@ -36,8 +36,8 @@ class FrancaForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: FrancaConfig) -> None:
         super().__init__(config)
         self.model = read(config.shape).build()
-        last = {name.rsplit(".", 1)[-1] for name, _ in self.model.named_parameters()}
-        self._keep_in_fp32_modules_strict = last - {"weight", "bias"}  # decays and steps of time
+        others = [name for name, _ in self.model.named_parameters() if not name.endswith((".weight", ".bias"))]
+        self._keep_in_fp32_modules_strict = {rf"\.{name}$" for name in others}  # decays and steps of time
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -73,7 +73,7 @@ class FrancaForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> dict[str, Tensor | None]:
         return {"input_ids": input_ids, "attention_mask": attention_mask}

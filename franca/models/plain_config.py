@@ -30,6 +30,6 @@ def read(value: Any, annotation: str = "") -> Any:
     if not isinstance(value, dict):
         return value
     names = [value.get("kind"), *re.findall(r"\w+", annotation)]
-    cls = next((_SECTIONS[name] for name in names if name in _SECTIONS), dict)
+    cls: Any = next((_SECTIONS[name] for name in names if name in _SECTIONS), dict)
     fields = {f.name: str(f.type) for f in dataclasses.fields(cls)} if cls is not dict else {}
     return cls(**{name: read(part, fields.get(name, "")) for name, part in value.items()})

@@ -5,6 +5,7 @@ There are no callbacks: what happens, and in which order, is what stands here.
 
 import math
 import random
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -114,7 +115,8 @@ def open_folder(folder: RunFolder, resolved: Resolved, here: World, path: Path |
     attempt = 0
     if here.is_main:
         attempt = folder.next_attempt()
-        code = folder.snapshot_code(Path(franca.__file__).parent)
+        modules = [Path(str(sys.modules[name].__file__)) for name in resolved.config.imports]
+        code = folder.snapshot_code(Path(franca.__file__).parent, modules)
         folder.write_environment(world.environment(here))
         if path is not None and path.is_file() and not folder.base_config.exists():
             write_atomically(folder.base_config, path.read_bytes())
@@ -174,8 +176,8 @@ def step(run: Run, batch: Batch, num_valid: float) -> Noted:
     for first in range(0, rows, micro):
         if run.world.size > 1:
             model.set_requires_gradient_sync(first + micro >= rows)  # type: ignore[operator]
-        if getattr(settings.model, "dropout", 0.0):  # what is dropped follows from the place, as the data do
-            torch.manual_seed(random.Random(f"{settings.seed} {run.step} {first} {run.world.rank}").getrandbits(63))
+        # What a model draws (dropout) follows from the place, as the data do.
+        torch.manual_seed(random.Random(f"{settings.seed} {run.step} {first} {run.world.rank}").getrandbits(63))
         losses = model.losses(to_device(batch.part(first, micro), run.world.device))  # type: ignore[operator]
         (torch.stack(list(losses.values())).sum() * scale).backward()
         sums = {name: value.detach() + sums.get(name, 0.0) for name, value in losses.items()}

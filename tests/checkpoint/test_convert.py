@@ -18,10 +18,11 @@ from franca.checkpoint.store import Checkpoint, Store, find
 from franca.core.config import check
 from franca.core.errors import ConfigError
 from franca.data.tokenizer import END_OF_TEXT, Tokenizer
-from franca.models import hf
+from franca.models import hf, modeling
 from franca.models.gpt2 import GPT2Config
 from franca.models.layers import RopeScaling
 from franca.models.llama import LlamaConfig
+from franca.models.mamba import MambaConfig
 
 # In 64 positions, wavelengths of all three regimes: kept, interpolated, stretched.
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
@@ -43,6 +44,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qkv_bias and window": {"qkv_bias": True, "window": 9},
     "gpt2": {"kind": "gpt2"},
     "gpt2, untied": {"kind": "gpt2", "tied": False, "mlp_dim": 40, "dropout": 0.0},
+    "mamba": {"kind": "mamba", "head_dim": 8, "state_dim": 6, "num_groups": 2},
+    "mamba, tied": {"kind": "mamba", "head_dim": 16, "state_dim": 5, "tied": True, "norm_eps": 1e-3, "conv_size": 3},
 }
 TEXTS = [
     "The ship's log says: 12 barrels.",
@@ -54,8 +57,10 @@ TEXTS = [
 
 
 def shape(tokenizer: Tokenizer, kind: str = "llama", **options: Any) -> Any:
-    defaults = {"vocab_size": tokenizer.vocab_size, "dim": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 64}
-    return {"llama": LlamaConfig, "gpt2": GPT2Config}[kind](**{**defaults, **options})
+    defaults = {"vocab_size": tokenizer.vocab_size, "dim": 32, "num_layers": 2, "max_seq_len": 64}
+    if kind == "mamba":
+        return MambaConfig(kind="mamba", **{**defaults, **options})
+    return {"llama": LlamaConfig, "gpt2": GPT2Config}[kind](**{**defaults, "num_heads": 4, **options})
 
 
 @dataclass
@@ -107,8 +112,8 @@ def test_transformers_computes_the_same_logits(exported: Exported) -> None:
 
 def test_the_exported_family_is_the_one_that_has_these_layers(exported: Exported) -> None:
     c = exported.ours.config
-    if c.kind == "gpt2":
-        expected = "gpt2"
+    if c.kind in ("gpt2", "mamba"):
+        expected = {"gpt2": "gpt2", "mamba": "mamba2"}[c.kind]
     else:
         expected = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "mistral" if c.window else "llama"
     assert exported.theirs.config.model_type == expected
@@ -134,7 +139,7 @@ def test_importing_the_export_gives_back_every_bit(exported: Exported, tmp_path:
     assert again.params["tokenizer"] == exported.checkpoint.params["tokenizer"]
     assert again.damage() == []
     built = model_config(again)
-    if built.kind == "gpt2":
+    if built.kind in ("gpt2", "mamba"):
         assert built == exported.ours.config
     else:  # what was derived is now written out; the shape is the same
         expected = exported.ours.config
@@ -294,11 +299,15 @@ def test_heads_of_later_tokens_are_left_out_aloud(
     assert torch.equal(ours(ids(tokenizer.vocab_size)), again(ids(tokenizer.vocab_size)))
 
 
-def test_a_model_without_a_counterpart_leaves_no_folder(
-    tokenizer: Tokenizer, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path
+def test_an_export_that_fails_leaves_no_folder(
+    tokenizer: Tokenizer, make_checkpoint: Callable[..., Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refused(config: Any) -> Any:
+        raise ConfigError("its code cannot be exported")
+
+    monkeypatch.setattr(modeling, "sources", refused)
     checkpoint = make_checkpoint(tmp_path / "run", shape(tokenizer, mlp="relu2"))
-    with pytest.raises(ConfigError, match=r"kind 'llama', mlp relu2, .* has no counterpart"):
+    with pytest.raises(ConfigError, match="its code cannot be exported"):
         convert.export(checkpoint.path, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -426,6 +435,7 @@ THEIRS = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "gpt2": ("gpt2", {}),
+    "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 10}),
 }
 
 

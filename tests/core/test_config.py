@@ -334,3 +334,15 @@ def test_differences_are_dotted_paths_with_both_values():
 def test_later_checks_speak_the_same_way():
     assert str(problems_error("run.yaml", ["a: is wrong"])) == "run.yaml: a: is wrong"
     assert str(problems_error("run.yaml", ["a: x", "b: y"])) == "run.yaml: 2 problems\n  a: x\n  b: y"
+
+
+def test_modules_are_imported_only_for_a_section_that_has_imports(tmp_path, monkeypatch):
+    (tmp_path / "franca_trap.py").write_text("raise SystemExit('was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    @config
+    class Plain:
+        size: int = 1
+
+    with pytest.raises(ConfigError, match="imports: unknown key"):
+        check(Plain, {"imports": ["franca_trap"]}, "params.json")

@@ -204,6 +204,15 @@ def test_the_code_is_copied_once(tmp_path):
     assert (copy / "marker").exists()
 
 
+def test_a_module_of_ones_own_is_copied_too(tmp_path):
+    package, run = make_package(tmp_path), RunFolder(tmp_path / "run")
+    (tmp_path / "mine.py").write_text("idea = 1\n")
+    first = run.snapshot_code(package, [tmp_path / "mine.py"])
+    assert (run.code / first / "mine.py").read_text() == "idea = 1\n"
+    (tmp_path / "mine.py").write_text("idea = 2\n")
+    assert run.snapshot_code(package, [tmp_path / "mine.py"]) != first
+
+
 def test_other_code_is_copied_beside_it(tmp_path):
     package, run = make_package(tmp_path), RunFolder(tmp_path / "run")
     first = run.snapshot_code(package)

@@ -351,9 +351,9 @@ def beyond_products(block: Any, length: int) -> float:
     if hasattr(block, "attention"):
         return 3 * 2 * 2 * block.attention.num_heads * block.attention.head_dim * (length - (length + 1) / 2)
     convolution = 6 * block.conv.weight.numel()
-    if not hasattr(block, "shape_x"):
+    if not hasattr(block, "head_shape"):
         return -convolution - 3 * block.mixing_flops(length)
-    (heads, width), (groups, size) = block.shape_x, block.shape_B
+    (heads, width), (groups, size) = block.head_shape, block.group_shape
     chunk = math.ceil(length / math.ceil(length / 64))
     return 3 * 2 * chunk * (groups * size + heads * width) - convolution
 

@@ -7,7 +7,7 @@ import json
 import pickle
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,19 +15,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from franca.core.config import config as section
 from franca.core.errors import ConfigError
 from franca.models import hf
 from franca.models.base import IGNORE, Batch
-from franca.models.decoder import TrunkConfig
 from franca.models.gpt2 import GPT2Config
 from franca.models.layers import RopeScaling
 from franca.models.llama import LlamaConfig
+from franca.models.mamba import MambaConfig
 from franca.parallel.apply import init_weights
 
 SMALL = LlamaConfig(
     vocab_size=61, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, max_seq_len=16, init_std=0.25
 )
 GPT2 = GPT2Config(vocab_size=61, dim=32, num_layers=2, num_heads=4, max_seq_len=16, init_std=0.25)
+MAMBA = MambaConfig(
+    kind="mamba", vocab_size=61, dim=32, num_layers=2, head_dim=8, state_dim=6, num_groups=2, max_seq_len=16, init_std=0.25
+)
 SCALING = RopeScaling(factor=4.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_position_embeddings=12)
 
 
@@ -88,6 +92,14 @@ def test_a_gpt2_survives_the_way_there_and_back(options: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
+    "options", [{}, {"tied": True, "num_groups": 1}, {"expand": 3, "conv_size": 2, "dt_max": 0.2, "norm_eps": 1e-6}], ids=str
+)
+def test_a_mamba_survives_the_way_there_and_back(options: dict[str, Any]) -> None:
+    config = dataclasses.replace(MAMBA, **options)
+    assert hf.from_hf_config(json.loads(json.dumps(values(config))), "config.json") == config
+
+
+@pytest.mark.parametrize(
     ("config", "kind", "architecture"),
     [
         (SMALL, "llama", "LlamaForCausalLM"),
@@ -95,6 +107,7 @@ def test_a_gpt2_survives_the_way_there_and_back(options: dict[str, Any]) -> None
         (dataclasses.replace(SMALL, qkv_bias=True, window=5), "qwen2", "Qwen2ForCausalLM"),
         (dataclasses.replace(SMALL, qk_norm=True), "qwen3", "Qwen3ForCausalLM"),
         (GPT2, "gpt2", "GPT2LMHeadModel"),
+        (MAMBA, "mamba2", "Mamba2ForCausalLM"),
     ],
 )
 def test_a_model_is_exported_as_the_family_that_computes_the_same(config: Any, kind: str, architecture: str) -> None:
@@ -102,18 +115,28 @@ def test_a_model_is_exported_as_the_family_that_computes_the_same(config: Any, k
     assert (written["model_type"], written["architectures"]) == (kind, [architecture])
 
 
+@section
+class MyConfig(LlamaConfig):
+    """Below a class of ours, and no Llama any more, for all we know."""
+
+    kind: Literal["my_llama_of_test_hf"] = "my_llama_of_test_hf"  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
-    ("config", "words"),
+    "config",
     [
-        (dataclasses.replace(SMALL, mlp="relu2"), ["'llama'", "mlp relu2"]),
-        (dataclasses.replace(SMALL, qkv_bias=True, qk_norm=True), ["'llama'", "qk_norm True", "qkv_bias True"]),
-        (TrunkConfig(vocab_size=61), ["no counterpart among llama, mistral, qwen2, qwen3, gpt2"]),
+        dataclasses.replace(SMALL, mlp="relu2"),
+        dataclasses.replace(SMALL, qkv_bias=True, qk_norm=True),
+        dataclasses.replace(MAMBA, dt_bias=False),
+        MyConfig(vocab_size=61),
     ],
+    ids=["relu2", "qkv_bias and qk_norm", "no dt_bias", "a user's"],
 )
-def test_a_model_that_they_do_not_have_is_refused(config: Any, words: list[str]) -> None:
-    with pytest.raises(ConfigError) as caught:
-        values(config)
-    assert all(word in str(caught.value) for word in words)
+def test_a_model_that_they_do_not_have_takes_its_code_along(config: Any) -> None:
+    assert hf.family_of(config) is None
+    written = json.loads(json.dumps(values(config)))
+    assert written["auto_map"]["AutoModelForCausalLM"] == "modeling_franca.FrancaForCausalLM"
+    assert hf.from_hf_config(written, "config.json") == config
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
@@ -194,6 +217,43 @@ def test_a_gpt2_that_ours_is_not_is_refused(changes: dict[str, Any], words: list
     with pytest.raises(ConfigError) as caught:
         hf.from_hf_config(values(GPT2, **changes), "there/config.json")
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_heads": 5}, ["num_heads * head_dim is 40, expand * hidden_size is 64"]),
+        ({"time_step_limit": [0.0, 0.1]}, ["time_step_limit is [0.0, 0.1]"]),
+        ({"time_step_limit": [{"__float__": "-Infinity"}, 0.1]}, ["time_step_limit"]),
+        ({"time_step_limit": 3}, ["another type"]),
+        ({"use_bias": True}, ["use_bias is True"]),
+        ({"use_conv_bias": False}, ["use_conv_bias is False"]),
+        ({"rms_norm": False}, ["rms_norm is False"]),
+        ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'"]),
+        ({"n_groups": 3}, ["3 does not divide 8 heads"]),
+    ],
+    ids=str,
+)
+def test_a_mamba_that_ours_is_not_is_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        hf.from_hf_config(values(MAMBA, **changes), "there/config.json")
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "limit", [[0.0, float("inf")], [0, {"__float__": "Infinity"}]], ids=["JSON's way", "transformers' way"]
+)
+def test_steps_of_time_without_limits_are_read_however_infinity_is_written(limit: list[Any]) -> None:
+    assert hf.from_hf_config(json.loads(json.dumps(values(MAMBA, time_step_limit=limit))), "config.json") == MAMBA
+
+
+def test_what_a_mamba_config_leaves_out_is_what_transformers_takes_it_for() -> None:
+    given = {"model_type": "mamba2", "vocab_size": 61, "hidden_size": 4096, "num_hidden_layers": 2}
+    ours, theirs = hf.from_hf_config(given, "config.json"), AutoConfig.for_model(**given)
+    assert (ours.num_heads, ours.head_dim, ours.num_groups) == (theirs.num_heads, theirs.head_dim, theirs.n_groups)
+    assert (ours.state_dim, ours.expand, ours.conv_size) == (theirs.state_size, theirs.expand, theirs.conv_kernel)
+    assert (ours.norm_eps, ours.init_std, ours.tied) == (1e-5, theirs.initializer_range, theirs.tie_word_embeddings)
+    assert (ours.dt_min, ours.dt_max) == (theirs.time_step_min, theirs.time_step_max)
 
 
 def test_gpt2s_activation_has_three_names() -> None:
@@ -458,6 +518,8 @@ SIZES = {
     "initializer_range": 0.2,
 }
 GPT2_SIZES = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+MAMBA_SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 6}
+MAMBA_SIZES |= {"n_groups": 1, "initializer_range": 0.2}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -483,13 +545,17 @@ THEIRS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {}),
     ("gpt2", {"n_inner": 40, "tie_word_embeddings": False, "n_layer": 3}),
     ("gpt2", {"n_head": 1, "layer_norm_epsilon": 1e-2, "activation_function": "gelu_fast"}),
+    ("mamba2", {}),  # 50 tokens are one chunk of theirs, and one of ours
+    ("mamba2", {"n_groups": 2, "tie_word_embeddings": True, "chunk_size": 16}),
+    ("mamba2", {"n_groups": 4, "conv_kernel": 2, "residual_in_fp32": False, "chunk_size": 7, "num_hidden_layers": 3}),
+    ("mamba2", {"expand": 3, "num_heads": 6, "head_dim": 16, "n_groups": 1, "layer_norm_epsilon": 1e-3}),
 ]
 
 
 def from_transformers(kind: str, options: dict[str, Any]) -> Any:
     """A model with random weights of their own making; biases and gains, which they begin at 0 and 1, are moved."""
     torch.manual_seed(0)
-    sizes = GPT2_SIZES if kind == "gpt2" else SIZES
+    sizes = {"gpt2": GPT2_SIZES, "mamba2": MAMBA_SIZES}.get(kind, SIZES)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **options})).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
