@@ -97,7 +97,8 @@ def stream(
     while rows:
         tokens_BT = torch.tensor([[sequence.last] for sequence in rows], device=device)
         logits_BV = model.next_logits(tokens_BT, cache.rows(0, len(rows))).float()
-        uniform_B = torch.tensor([sequence.draws.random(dtype=np.float32) for sequence in rows], device=device)
+        draws = [sequence.draws.random(dtype=np.float32) for sequence in rows] if sampling.temperature else []
+        uniform_B = torch.tensor(draws, device=device)
         chosen_B = choose(logits_BV, sampling, uniform_B)
         logprobs_B = logits_BV.gather(1, chosen_B[:, None])[:, 0] - logits_BV.logsumexp(dim=1)
         for sequence, token, logprob in zip(rows, chosen_B.tolist(), logprobs_B.tolist(), strict=True):
