@@ -1,12 +1,11 @@
 """Every family at about 3M parameters besides its embedding, on the same tokens, with the same trials of the learning rate.
 
-`python -m benchmarks.families [FOLDER]` prints the table of docs/models.md. Quality does not depend on what else the machine
-does; the speed is measured by itself at the end, for which the machine should be quiet. Started again it goes on.
+`python -m benchmarks.families [FOLDER]` prints the table of docs/models.md, after about half an hour on two cores. Quality does not
+depend on what else the machine does, the speeds do. Started again it goes on.
 """
 
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from benchmarks.table import machine, say
 THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
 STEPS, BATCH, SEQ_LEN, VOCAB_SIZE = 120, 12, 256, 4096
 RATES = (1.5e-3,)  # each family has all of them, and keeps the best
-SPEED_STEPS = 12
 
 LLAMA = {"kind": "llama", "num_heads": 4, "mlp_dim": 704}
 MODELS: dict[str, dict[str, Any]] = {
@@ -48,15 +46,15 @@ def main(root: Path) -> None:
     for name, model in MODELS.items():
         losses = {rate: _bits(root, data, name, model, rate) for rate in RATES}
         rate = min(losses, key=lambda rate: losses[rate])
-        rows.append((name, _parameters(root, data, name, model, rate), rate, losses[rate]))
+        speed = _speed(root, data, name, model, rate)
+        rows.append((name, _parameters(root, data, name, model, rate), rate, losses[rate], speed))
         say(f"{name}: " + ", ".join(f"{bits:.3f} bits per byte at lr {rate:g}" for rate, bits in losses.items()))
-    speeds = {name: _speed(root, data, name, model) for name, model in MODELS.items()}
     print(
         f"{machine()}\n\n{STEPS * BATCH * SEQ_LEN:,} tokens each, seq {SEQ_LEN}, fp32, {THREADS} threads, best of lr {RATES}\n"
     )
     print("| model | parameters besides the embedding | lr | bits per byte | tokens/s, training |\n|---|---|---|---|---|")
-    for name, parameters, rate, bits in rows:
-        print(f"| {name} | {parameters:,} | {rate:g} | {bits:.3f} | {speeds[name]:,.0f} |")
+    for name, parameters, rate, bits, speed in rows:
+        print(f"| {name} | {parameters:,} | {rate:g} | {bits:.3f} | {speed:,.0f} |")
     print("\nTo repeat: python -m benchmarks.families")
 
 
@@ -110,12 +108,10 @@ def _parameters(root: Path, data: Path, name: str, model: dict[str, Any], rate: 
     return int(plan["params"]["non_embedding"])
 
 
-def _speed(root: Path, data: Path, name: str, model: dict[str, Any]) -> float:
-    """The median of single steps, the first ones left out."""
-    path, folder = _run_file(root, data, name, model, RATES[0], SPEED_STEPS, "speed")
-    shutil.rmtree(folder, ignore_errors=True)
-    _franca("train", str(path), "validation.at_end=false")
-    return statistics.median(record["tokens_per_s"] for record in _records(folder / "metrics.jsonl")[4:])
+def _speed(root: Path, data: Path, name: str, model: dict[str, Any], rate: float) -> float:
+    """The median over the steps of the run."""
+    _, folder = _run_file(root, data, name, model, rate, STEPS, f"{rate:g}")
+    return statistics.median(record["tokens_per_s"] for record in _records(folder / "metrics.jsonl"))
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
