@@ -1,7 +1,7 @@
 """Every family at about 3M parameters besides its embedding, on the same tokens, with the same trials of the learning rate.
 
-`python -m benchmarks.families [FOLDER]` prints the table of docs/models.md, after about half an hour on two cores. Quality does not
-depend on what else the machine does, the speeds do. Started again it goes on.
+`python -m benchmarks.families [FOLDER]` prints the table of docs/models.md, after about half an hour on two cores. Quality does
+not depend on what else the machine does, the speeds do. Started again it goes on.
 """
 
 import json
