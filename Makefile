@@ -13,7 +13,7 @@ test: check .venv/slurm
 
 check: .venv/dev
 	$(BIN)/ruff check franca tests benchmarks experiments
-	$(BIN)/ruff format --check franca tests benchmarks experiments experiments
+	$(BIN)/ruff format --check franca tests benchmarks experiments
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -204,6 +204,7 @@ def _ports(count: int) -> tuple[socket.socket, int]:
                 sockets.append(socket.socket())
                 sockets[-1].bind(("127.0.0.1", port))
         except OSError:
+            sockets[0].close()
             continue
         finally:
             for other in sockets[1:]:
