@@ -19,14 +19,15 @@ from franca.models.base import IGNORE, Context
 _FEW_ROWS = 64  # up to so many, `multiply` takes its own way on a CPU
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """y = x W^T + b. Weight (out, in), drawn from N(0, init_std^2); the bias, if there is one, begins at zero."""
 
     def __init__(self, in_features: int, out_features: int, init_std: float, bias: bool = False) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features, bias)
         self.init_std = init_std
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def reset_parameters(self) -> None:
+        """PyTorch's own start, not wanted: see `reset`."""
 
     def reset(self, generator: torch.Generator) -> None:
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
@@ -74,19 +75,18 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(weight.view(parts, -1, width), x_WN.expand(parts, -1, -1)).reshape(*x.shape[:-1], -1)
 
 
-class Embedding(nn.Module):
+class Embedding(nn.Embedding):
     """Rows of a table (V, D), drawn from N(0, init_std^2)."""
 
     def __init__(self, vocab_size: int, dim: int, init_std: float) -> None:
-        super().__init__()
+        super().__init__(vocab_size, dim)
         self.init_std = init_std
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def reset_parameters(self) -> None:
+        """PyTorch's own start, not wanted: see `reset`."""
 
     def reset(self, generator: torch.Generator) -> None:
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return F.embedding(tokens_BT, self.weight)
 
 
 class RMSNorm(nn.Module):
