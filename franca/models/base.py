@@ -91,7 +91,10 @@ class Model(Protocol):
         """Logits of the next position alone, (B, V); extends the cache."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Named sums over the valid tokens of the batch, as fp32 scalars; the loop divides by the global count."""
+        """Named sums over the valid tokens of the batch, as fp32 scalars; the loop adds them, and divides by the global count.
+
+        `nll` is that of the next tokens: the `loss` of records and validation.
+        """
 
     def new_cache(self, rows: int, max_len: int) -> Cache:
         """An empty cache for `rows` sequences of up to `max_len` positions."""

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from franca.core.config import Count, Positive, config
+from franca.core.config import Count, NotNegative, Positive, config
 from franca.models.base import IGNORE, Batch, Cache, Context, ModelConfig
-from franca.models.layers import Embedding, Linear, RMSNorm, Rope, cross_entropy_sum, document_mask, multiply, see
+from franca.models.layers import Embedding, Linear, RMSNorm, Rope, VocabShard, cross_entropy_sum, document_mask, multiply, see
 
 
 @config
@@ -27,6 +27,7 @@ class TrunkConfig(ModelConfig):
     norm_eps: Positive = 1e-5
     tied: bool = False  # the head is the embedding
     future_tokens: Count = 1  # predicted at every position: that many heads (Gloeckle et al. 2024); one is used in decoding
+    z_loss: NotNegative = 0.0  # weight of log(Z)^2, which keeps the softmax's denominator near 1 (PaLM: 1e-4)
     init_std: Positive = 0.02  # projections into the residual stream: divided by sqrt(2 num_layers)
 
     @property
@@ -68,6 +69,7 @@ class Decoder(nn.Module):
         c: TrunkConfig = config
         self.config = config
         self.compute_dtype = torch.float32
+        self.vocab_shard: VocabShard | None = None  # which rows of the heads this process holds; None: all
         self.embedding = Embedding(c.num_rows, c.dim, c.init_std)
         self.positions = c.learned_positions()
         self.rope = c.rope()
@@ -88,13 +90,14 @@ class Decoder(nn.Module):
         return self._logits(self._trunk(tokens_BT, document_BT, position_BT, cache))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """`nll`: the sum of the negative log-likelihoods of the valid targets, in nats; `nll_2`...: those of later tokens."""
+        """`nll`: the sum of the negative log-likelihoods of the valid targets, in nats; `nll_2`...: those of later tokens;
+        `z_loss`: that of all heads, weighted.
+        """
         x_BTD = self._trunk(batch.tokens_BT, batch.document_BT, batch.position_BT, None)
-        losses = {"nll": self._nll(x_BTD, self._head_weight(), batch.targets_BT)}
-        for ahead, head in enumerate(self.future_heads, 1):
-            weight_VD: Any = head.weight
-            losses[f"nll_{ahead + 1}"] = self._nll(x_BTD, weight_VD, _later(batch, ahead))
-        return losses
+        weights: list[Any] = [self._head_weight(), *(head.weight for head in self.future_heads)]
+        sums = [self._loss_sums(x_BTD, head_VD, _later(batch, ahead)) for ahead, head_VD in enumerate(weights)]
+        losses = {f"nll_{number}" if number > 1 else "nll": nll for number, (nll, _) in enumerate(sums, 1)}
+        return losses if not self.config.z_loss else {**losses, "z_loss": torch.stack([z_loss for _, z_loss in sums]).sum()}
 
     def next_logits(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
         """Logits of the position after `tokens_BT` alone: (B, V). The cache is extended by `tokens_BT`."""
@@ -103,8 +106,9 @@ class Decoder(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         return multiply(x, self._head_weight())[..., : self.config.vocab_size]
 
-    def _nll(self, x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
-        return cross_entropy_sum(x_BTD, head_VD, targets_BT, vocab_size=self.config.vocab_size)
+    def _loss_sums(self, x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.config
+        return cross_entropy_sum(x_BTD, head_VD, targets_BT, None, c.vocab_size, c.z_loss, self.vocab_shard)
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
@@ -192,6 +196,8 @@ class Decoder(nn.Module):
 
 def _later(batch: Batch, ahead: int) -> Tensor:
     """The targets of `ahead` positions further on, (B, T); none past the row, nor of another document."""
+    if ahead == 0:
+        return batch.targets_BT
     targets_BT = F.pad(batch.targets_BT[:, ahead:], (0, ahead), value=IGNORE)
     if batch.document_BT is not None:
         same = F.pad(batch.document_BT[:, ahead:] == batch.document_BT[:, :-ahead], (0, ahead), value=False)

@@ -6,8 +6,9 @@ product is computed in the dtype of its input, so one model serves fp32, bf16, a
 
 import math
 import platform
+from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from franca.core.config import Count, Positive, config
 from franca.models.base import IGNORE, Context
 
+CHUNK_BYTES = 2**26  # of logits in fp32 that the loss holds at a time
 _FEW_ROWS = 64  # up to so many, `multiply` takes its own way on a CPU
 
 
@@ -273,15 +275,38 @@ def remember(state: dict[str, Tensor], k_BKTE: Tensor, v_BKTE: Tensor, context: 
     return stored[0], stored[1]
 
 
-def cross_entropy_sum(
-    x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, chunk: int = 1024, vocab_size: int | None = None
-) -> Tensor:
-    """Sum of -log softmax(x W^T)[target] over the valid targets, a scalar in fp32; holds at most `chunk` rows of logits.
+class VocabShard(NamedTuple):
+    """Which rows of the head are here, and how the places that hold the others are asked; the model knows no more of them."""
 
-    Rows of the head from `vocab_size` on are padding, and have no probability.
+    first: int  # the number of the first row, in the whole vocabulary
+    largest: Callable[[Tensor], Tensor]  # elementwise over all shards; not differentiated
+    total: Callable[[Tensor], Tensor]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, its loop would be unrolled
+def cross_entropy_sum(
+    x_BTD: Tensor,
+    head_VD: Tensor,
+    targets_BT: Tensor,
+    chunk: int | None = None,
+    vocab_size: int | None = None,
+    z_loss: float = 0.0,
+    shard: VocabShard | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sums over the valid targets, scalars in fp32: -log softmax(x W^T)[target], and z_loss * log(Z)^2 with the softmax's
+    denominator Z (Chowdhery et al. 2022, section 5). Holds at most `chunk` rows of logits; None: what fits in `CHUNK_BYTES`.
+
+    Rows of the head from `vocab_size` on are padding, and have no probability. With a z-loss both sums have to get the same
+    factor on the way back, as they do in a total; otherwise the gradients are NaN. They can be taken once.
+    With a `shard`, `head_VD` is its rows alone: the sums are the whole ones, the gradient of x is the shard's part of it.
     """
-    args = (x_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), vocab_size or len(head_VD), chunk, torch.is_grad_enabled())
-    return _CrossEntropySum.apply(*args)
+    assert shard is None or vocab_size is not None  # the shards may differ in size, their chunks must not
+    vocab_size = vocab_size or len(head_VD)
+    chunk = chunk or max(1, CHUNK_BYTES // (4 * vocab_size))
+    given = (x_BTD.flatten(0, 1), head_VD, targets_BT.flatten()[:, None])
+    return cast(
+        tuple[Tensor, Tensor], _CrossEntropySum.apply(*given, chunk, vocab_size, z_loss, shard, torch.is_grad_enabled())
+    )
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -291,32 +316,53 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, vocab_size: int, chunk: int, with_gradient: bool
-    ) -> Tensor:
+        ctx: Any,
+        x_ND: Tensor,
+        head_VD: Tensor,
+        targets_N1: Tensor,
+        chunk: int,
+        vocab_size: int,
+        z_loss: float,
+        shard: VocabShard | None,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        shard = shard or VocabShard(0, lambda value: value, lambda value: value)
         fast = product_dtype(x_ND)
         weight = head_VD.to(x_ND.dtype).to(fast)
-        total = x_ND.new_zeros((), dtype=torch.float32)
-        grad_x, grad_head = torch.empty_like(x_ND), torch.zeros_like(head_VD, dtype=torch.float32)
-        for first in range(0, len(x_ND), chunk):
-            part = slice(first, first + chunk)
-            x, target = x_ND[part].to(fast), targets_N[part]
-            valid, index = (target != IGNORE)[:, None], target.clamp_min(0)[:, None]
+        nll, z_term = (x_ND.new_zeros((), dtype=torch.float32) for _ in range(2))
+        if with_gradient:
+            grad_x, grad_head = torch.empty_like(x_ND), torch.zeros_like(head_VD, dtype=torch.float32)
+        for begin in range(0, len(x_ND), chunk):
+            part = slice(begin, begin + chunk)
+            x, target = x_ND[part].to(fast), targets_N1[part]
+            valid, index = target != IGNORE, (target - shard.first).clamp_(0, len(weight) - 1)
+            here = valid & (index + shard.first == target)
             logits = F.linear(x, weight).float()
-            if vocab_size < len(weight):
-                logits[:, vocab_size:] = -torch.inf
-            top = logits.amax(dim=1, keepdim=True)
-            wanted = logits.gather(1, index)
+            if vocab_size < shard.first + len(weight):
+                logits[:, max(vocab_size - shard.first, 0) :] = -torch.inf
+            top = shard.largest(logits.amax(dim=1, keepdim=True))
+            wanted = logits.gather(1, index).masked_fill_(~here, 0.0)
             exp = logits.sub_(top).exp_()  # in place: the logits are this function's own
-            denominator = exp.sum(dim=1, keepdim=True)
-            total += ((denominator.log() + top - wanted) * valid).sum()
+            denominator, wanted = shard.total(torch.cat([exp.sum(dim=1, keepdim=True), wanted], dim=1)).split(1, dim=1)
+            log_z = denominator.log() + top
+            nll += ((log_z - wanted) * valid).sum()
+            z_term += (log_z.square() * valid).sum() * z_loss
             if with_gradient:
-                grad = exp.mul_(valid / denominator).scatter_add_(1, index, -valid.float()).to(fast)
+                grad = exp.mul_(valid * (1.0 + 2.0 * z_loss * log_z) / denominator)
+                grad = grad.scatter_add_(1, index, -here.float()).to(fast)
                 grad_x[part] = grad @ weight
-                grad_head += grad.t() @ x
-        ctx.save_for_backward(grad_x, grad_head.to(head_VD.dtype))
-        return total
+                if fast == torch.float32:
+                    grad_head.addmm_(grad.t(), x)
+                else:
+                    grad_head += grad.t() @ x
+        if with_gradient:
+            ctx.save_for_backward(grad_x, grad_head.to(head_VD.dtype))
+            ctx.z_loss = z_loss
+        return nll, z_term
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, factor: Tensor, z_factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad_total.to(grad_x.dtype), grad_head * grad_total.to(grad_head.dtype), None, None, None, None
+        if ctx.z_loss:
+            factor = torch.where(factor == z_factor, factor, torch.nan)
+        return grad_x.mul_(factor), grad_head.mul_(factor), *[None] * 6  # in place: a head's gradient may be a gigabyte

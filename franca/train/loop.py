@@ -204,12 +204,14 @@ def log(run: Run) -> None:
     for note, values, norm in zip(noted, sums, norms, strict=True):
         clock = timeline.clock(note.step)
         terms = {name: value / max(note.num_valid, 1.0) for name, value in zip(note.sums, values, strict=True)}
+        total = sum(terms.values())
         record = {
             "step": note.step,
             "samples": clock.samples,
             "tokens": clock.tokens,
-            "loss": sum(terms.values()),
+            "loss": terms["nll"],
             **terms,
+            **({"total_loss": total} if len(terms) > 1 else {}),
             "lr": note.lr,
             "grad_norm": norm,
             "step_s": step_s,
@@ -217,8 +219,8 @@ def log(run: Run) -> None:
             "time": time.time(),
         }
         run.metrics.train(record)
-        if not math.isfinite(record["loss"] + norm):
-            what = f"the loss is {record['loss']} and the gradient's norm {norm} at step {note.step}"
+        if not math.isfinite(total + norm):
+            what = f"the loss is {total} and the gradient's norm {norm} at step {note.step}"
             raise FloatingPointError(f"{what}: lower optim.lr, or look at the data. The last checkpoint is untouched")
     run.metrics.progress(record, step_s * (run.resolved.total_steps - run.step))
 

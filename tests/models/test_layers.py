@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from franca.models.base import IGNORE
 from franca.models.layers import (
     Embedding,
     Linear,
@@ -17,7 +15,6 @@ from franca.models.layers import (
     Rope,
     RopeScaling,
     attention,
-    cross_entropy_sum,
     document_mask,
     rotate,
 )
@@ -266,79 +263,3 @@ def test_mlp_is_swiglu() -> None:
             opened, carried = float(gate[f] @ x[row].double()), float(up[f] @ x[row].double())
             hidden.append(opened / (1 + math.exp(-opened)) * carried)
         close(mlp(x)[row].detach(), down @ torch.tensor(hidden, dtype=torch.float64), 1e-5)
-
-
-# --- cross-entropy
-
-
-def reference_cross_entropy(x: Tensor, head: Tensor, targets: Tensor) -> float:
-    total = 0.0
-    for row in range(x.shape[0]):
-        for place in range(x.shape[1]):
-            if int(targets[row, place]) != IGNORE:
-                logits = [float(x[row, place].double() @ w.double()) for w in head]
-                top = max(logits)
-                total += top + math.log(sum(math.exp(z - top) for z in logits)) - logits[int(targets[row, place])]
-    return total
-
-
-@pytest.fixture
-def head_case() -> tuple[Tensor, Tensor, Tensor]:
-    targets = torch.randint(0, 11, (2, 9), generator=seeded(3))
-    targets[0, :4] = IGNORE
-    targets[1, 8] = IGNORE
-    return normal(2, 9, 5, seed=1), normal(11, 5, seed=2), targets
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 9, 18, 1000])
-def test_cross_entropy_sums_the_valid_targets(head_case: tuple[Tensor, Tensor, Tensor], chunk: int) -> None:
-    x, head, targets = head_case
-    total = cross_entropy_sum(x, head, targets, chunk)
-    assert total.dtype == torch.float32
-    assert float(total) == pytest.approx(reference_cross_entropy(x, head, targets), rel=1e-6)
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 18, 1000])
-@pytest.mark.parametrize("factor", [1.0, 0.125])
-def test_cross_entropy_gradients_equal_those_of_torch(
-    head_case: tuple[Tensor, Tensor, Tensor], chunk: int, factor: float
-) -> None:
-    x, head, targets = (part.clone() for part in head_case)
-    x64, head64 = x.double().requires_grad_(), head.double().requires_grad_()
-    plain = F.cross_entropy((x64 @ head64.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    expected = torch.autograd.grad(plain * factor, (x64, head64))
-    x.requires_grad_(), head.requires_grad_()
-    given = torch.autograd.grad(cross_entropy_sum(x, head, targets, chunk) * factor, (x, head))
-    close(given[0], expected[0], 1e-6)
-    close(given[1], expected[1], 2e-6)
-
-
-def test_cross_entropy_of_ignored_targets_alone_is_zero_with_zero_gradients() -> None:
-    x, head = normal(1, 4, 3).requires_grad_(), normal(6, 3, seed=1).requires_grad_()
-    total = cross_entropy_sum(x, head, torch.full((1, 4), IGNORE))
-    total.backward()
-    assert float(total.detach()) == 0.0
-    assert torch.count_nonzero(x.grad) == 0
-    assert torch.count_nonzero(head.grad) == 0
-
-
-def test_cross_entropy_of_huge_logits_is_finite() -> None:
-    x = torch.full((1, 2, 2), 1e4).requires_grad_()
-    head = torch.tensor([[1e4, 1e4], [-1e4, -1e4]])
-    total = cross_entropy_sum(x, head, torch.tensor([[0, 1]]))
-    total.backward()
-    assert float(total.detach()) == pytest.approx(4e8, rel=1e-6)
-    assert torch.isfinite(x.grad).all()
-
-
-def test_cross_entropy_of_a_bf16_trunk_is_an_fp32_sum_and_the_head_gets_fp32_gradients(
-    head_case: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    x, head, targets = head_case
-    x_half, head = x.bfloat16().requires_grad_(), head.clone().requires_grad_()
-    total = cross_entropy_sum(x_half, head, targets)
-    total.backward()
-    rounded = reference_cross_entropy(x_half.detach(), head.detach().bfloat16(), targets)
-    assert total.dtype == torch.float32
-    assert (x_half.grad.dtype, head.grad.dtype) == (torch.bfloat16, torch.float32)
-    assert float(total.detach()) == pytest.approx(rounded, rel=1e-2)
