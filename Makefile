@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO ?= demo
 BIN := .venv/bin
 
-.PHONY: demo test check bench fmt clean
+.PHONY: demo test check bench bench-parallel fmt clean
 
 demo: .venv/run
 	$(BIN)/franca demo $(DEMO)
@@ -19,6 +19,9 @@ check: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.run
+
+bench-parallel: .venv/dev
+	$(BIN)/python -m benchmarks.run parallel
 
 fmt: .venv/dev
 	$(BIN)/ruff check --fix franca tests benchmarks experiments

@@ -6,7 +6,7 @@ import time
 import warnings
 from pathlib import Path
 
-from benchmarks import generation, loader, prepare, start, training
+from benchmarks import generation, loader, parallel, prepare, start, training
 from benchmarks.table import Row, machine, say, show
 
 GROUPS = {
@@ -15,6 +15,7 @@ GROUPS = {
     "prepare": prepare.rows,
     "generation": generation.rows,
     "training": training.rows,
+    "parallel": parallel.rows,
 }
 
 

@@ -127,17 +127,17 @@ class Loader:
         self._starts = [list(accumulate((s.num_tokens for s in group), initial=0)) for group in shards]
 
     def batch(self, step: int, rank: int, size: int) -> Batch:
-        """Rank `rank` of `size`'s slice of the global batch of `step`."""
+        """Rank `rank` of `size`'s slice of the global batch of `step`: as many rows for all ranks, the last perhaps empty."""
         first, count = self.timeline.samples_before(step), self.timeline.batch_samples(step)
         begin, end = first + count * rank // size, first + count * (rank + 1) // size
-        return self.rows(begin, end - begin)
+        return self.rows(begin, -(-count // size), end)
 
-    def rows(self, first: int, count: int) -> Batch:
-        """The samples [first, first + count)."""
-        seq_len = self.order.seq_len
+    def rows(self, first: int, count: int, stop: int | None = None) -> Batch:
+        """The samples [first, first + count); those from `stop` on are empty rows."""
+        stop, seq_len = min(self.stop, self.stop if stop is None else stop), self.order.seq_len
         rows = np.zeros((count, seq_len + 1), np.int64)
         targets = rows[:, 1:]
-        spans = self.order.spans(np.arange(first, max(first, min(first + count, self.stop))))
+        spans = self.order.spans(np.arange(first, max(first, min(first + count, stop))))
         begins: list[int] = []  # where documents begin, in the flattened rows
         ends = [0] * count  # how far each row is filled
         places = zip(spans.rows.tolist(), spans.sources.tolist(), spans.starts.tolist(), spans.counts.tolist(), strict=True)

@@ -31,6 +31,7 @@ class Context(NamedTuple):
 
     `masks` by window (0: none): True where a position may see another, (B or 1, 1, T, S); None: all before it. S is `seen`.
     `begin` is where the positions go in a cache, for all rows alike, `slots_BT` where rows differ; both None without a cache.
+    `spread`: the positions are some of the S that can be seen, the others lie on other devices; None: all are here.
     """
 
     cos: Tensor | None
@@ -40,6 +41,7 @@ class Context(NamedTuple):
     seen: int
     begin: int | None = None
     slots_BT: Tensor | None = None
+    spread: "Spread | None" = None
 
 
 class Cache:
@@ -105,6 +107,18 @@ class Model(Protocol):
     def param_groups(self) -> dict[str, list[str]]:
         """Parameter names by how the optimizer treats them: `decay` and `no_decay`."""
 
+    spread: "Spread | None"  # how rows lie on several devices; None: whole
+
+
+class Spread(Protocol):
+    """Rows of which each device has some positions."""
+
+    def places(self, length: int, device: torch.device) -> Tensor:
+        """The positions that are here, of a row of `length`."""
+
+    def gather(self, x_BKTE: Tensor) -> Tensor:
+        """Keys or values of all positions, from those that are here."""
+
 
 class ModelConfig(Choice):
     """The open choice `model: {kind: ...}`; every family registers by subclassing it."""
@@ -112,6 +126,7 @@ class ModelConfig(Choice):
     vocab_size: int | None
     max_seq_len: int
     hf_names: ClassVar[dict[str, str]] = {}  # our parameter name -> Hugging Face's; {} stands for the layer's number
+    attends_only: ClassVar[bool] = False  # positions meet in attention alone: a row may lie on several devices
 
     def build(self) -> Any:
         """The model (`Model`), on torch's current default device."""
@@ -120,6 +135,14 @@ class ModelConfig(Choice):
     def problems(self) -> list[str]:
         """What is wrong with the shape, one line each; empty when it can be built."""
         raise NotImplementedError
+
+    def tp_plan(self) -> dict[str, str]:
+        """How modules may be split over devices: pattern of names -> style (`parallel.tensor.STYLES`); empty: not at all."""
+        return {}
+
+    def tp_widths(self) -> dict[str, int]:
+        """What then has to divide by the number of devices, by the name that a user knows it by."""
+        return {}
 
 
 def owners(model: nn.Module) -> Iterator[Any]:

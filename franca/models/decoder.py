@@ -11,8 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from franca.core.config import Count, NotNegative, Positive, config
-from franca.models.base import IGNORE, Batch, Cache, Context, ModelConfig
-from franca.models.layers import Embedding, Linear, RMSNorm, Rope, VocabShard, cross_entropy_sum, document_mask, multiply, see
+from franca.models.base import IGNORE, Batch, Cache, Context, ModelConfig, Spread
+from franca.models.layers import Embedding, HeadLoss, Linear, RMSNorm, Rope, document_mask, multiply, see
+
+# How a block of attention and an MLP is split over devices, by heads and by features of the MLP; see `parallel.tensor.STYLES`.
+TRANSFORMER_TP_PLAN = {
+    "attention_norm": "sequence",
+    "attention": "gather",
+    "attention.query": "columns",
+    "attention.key": "columns",
+    "attention.value": "columns",
+    "attention.query_norm": "heads",
+    "attention.key_norm": "heads",
+    "attention.output": "contract",
+    "mlp_norm": "sequence",
+    "mlp": "gather",
+    "mlp.gate": "columns",
+    "mlp.up": "columns",
+    "mlp.down": "contract",
+}
 
 
 @config
@@ -40,6 +57,16 @@ class TrunkConfig(ModelConfig):
     def residual_std(self) -> float:
         """Initial standard deviation of projections into the residual stream (Radford et al. 2019, section 2.3)."""
         return self.init_std / math.sqrt(2 * self.num_layers)
+
+    def tp_plan(self) -> dict[str, str]:
+        """The trunk's part, around the blocks' own."""
+        trunk = {"embedding": "table", "positions": "table", "norm": "sequence", "head": "rows", "future_heads.*": "rows"}
+        blocks = {f"layers.*.{name}": style for name, style in self.block_tp_plan().items()}
+        return {**trunk, "loss": "loss", **blocks} if blocks else {}
+
+    def block_tp_plan(self) -> dict[str, str]:
+        """The same of one block; empty: it cannot be split."""
+        return {}
 
     def block(self, number: int) -> nn.Module:
         """Layer `number`: `forward(x_BTD, context, state) -> x_BTD`, `new_state(...)`, `mixing_flops(context)`."""
@@ -69,7 +96,7 @@ class Decoder(nn.Module):
         c: TrunkConfig = config
         self.config = config
         self.compute_dtype = torch.float32
-        self.vocab_shard: VocabShard | None = None  # which rows of the heads this process holds; None: all
+        self.spread: Spread | None = None
         self.embedding = Embedding(c.num_rows, c.dim, c.init_std)
         self.positions = c.learned_positions()
         self.rope = c.rope()
@@ -77,6 +104,7 @@ class Decoder(nn.Module):
         self.windows = sorted({window for layer in self.layers if (window := getattr(layer, "window", None)) is not None})
         self.norm = c.norm()
         self.head = None if c.tied else Linear(c.dim, c.num_rows, c.init_std)
+        self.loss = HeadLoss(c.vocab_size, c.z_loss)
         self.future_heads = nn.ModuleList(Linear(c.dim, c.num_rows, c.init_std) for _ in range(c.future_tokens - 1))
 
     def forward(
@@ -95,9 +123,13 @@ class Decoder(nn.Module):
         """
         x_BTD = self._trunk(batch.tokens_BT, batch.document_BT, batch.position_BT, None)
         weights: list[Any] = [self._head_weight(), *(head.weight for head in self.future_heads)]
-        sums = [self._loss_sums(x_BTD, head_VD, _later(batch, ahead)) for ahead, head_VD in enumerate(weights)]
+        sums = [self.loss(x_BTD, head_VD, self._here(_later(batch, ahead))) for ahead, head_VD in enumerate(weights)]
         losses = {f"nll_{number}" if number > 1 else "nll": nll for number, (nll, _) in enumerate(sums, 1)}
         return losses if not self.config.z_loss else {**losses, "z_loss": torch.stack([z_loss for _, z_loss in sums]).sum()}
+
+    def _here(self, rows_BT: Tensor) -> Tensor:
+        """The positions of rows that are on this device."""
+        return rows_BT if self.spread is None else rows_BT[:, self.spread.places(rows_BT.shape[1], rows_BT.device)]
 
     def next_logits(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
         """Logits of the position after `tokens_BT` alone: (B, V). The cache is extended by `tokens_BT`."""
@@ -105,10 +137,6 @@ class Decoder(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         return multiply(x, self._head_weight())[..., : self.config.vocab_size]
-
-    def _loss_sums(self, x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        c = self.config
-        return cross_entropy_sum(x_BTD, head_VD, targets_BT, None, c.vocab_size, c.z_loss, self.vocab_shard)
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
@@ -118,9 +146,9 @@ class Decoder(nn.Module):
             given = "document_BT and position_BT were given with a cache"
             raise ValueError(f"{given}, which counts positions itself: leave them out")
         positions, context = self._context(tokens_BT, document_BT, position_BT, cache)
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = self.embedding(self._here(tokens_BT))
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions.weight[positions]
+            x_BTD = x_BTD + self.positions(_numbers(positions, tokens_BT.device))
         x_BTD = F.dropout(x_BTD.to(self.compute_dtype), getattr(self.config, "dropout", 0.0), self.training)
         for number, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, context, None if cache is None else cache.states[number])
@@ -145,23 +173,28 @@ class Decoder(nn.Module):
             seen = last + length
         else:
             seen = length
+            if self.spread is not None:
+                places = self.spread.places(length, device)
+                positions = places[None] if position_BT is None else position_BT[:, places]
         masks = {window: self._mask(window, positions, seen, document_BT, cache is not None, device) for window in self.windows}
         starts_BT = None
         if document_BT is not None:
             starts_BT = F.pad(document_BT[:, 1:] != document_BT[:, :-1], (1, 0), value=True)
         cos, sin = (None, None) if self.rope is None else self.rope(positions, self.compute_dtype)
-        return positions, Context(cos, sin, masks, starts_BT, seen, begin, slots_BT)
+        return positions, Context(cos, sin, masks, starts_BT, seen, begin, slots_BT, self.spread)
 
-    @staticmethod
     def _mask(
-        window: int, positions: slice | Tensor, seen: int, document_BT: Tensor | None, cached: bool, device: torch.device
+        self, window: int, positions: slice | Tensor, seen: int, document_BT: Tensor | None, cached: bool, device: torch.device
     ) -> Tensor | None:
         """Who may see whom, (B or 1, 1, T, S); None where each sees all before it."""
         if not cached:  # positions may begin again with every document: places count
+            places = None if self.spread is None else self.spread.places(seen, device)
             if document_BT is not None:
-                return document_mask(document_BT, window)
-            places = torch.arange(seen, device=device)
-            return see(places, places, window)[None, None] if 0 < window < seen else None
+                return document_mask(document_BT, window, places)
+            if places is None and not 0 < window < seen:
+                return None
+            everywhere = torch.arange(seen, device=device)
+            return see(everywhere if places is None else places, everywhere, window)[None, None]
         if isinstance(positions, slice):
             single = positions.stop - positions.start == 1
             if (positions.start == 0 or single) and not 0 < window < seen:
@@ -192,6 +225,10 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             groups["decay" if parameter.ndim >= 2 else "no_decay"].append(name)
         return groups
+
+
+def _numbers(positions: slice | Tensor, device: torch.device) -> Tensor:
+    return torch.arange(positions.start, positions.stop, device=device)[None] if isinstance(positions, slice) else positions
 
 
 def _later(batch: Batch, ahead: int) -> Tensor:

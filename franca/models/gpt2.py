@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from franca.core.config import BelowOne, Count, config
 from franca.models.base import Context
-from franca.models.decoder import TrunkConfig
+from franca.models.decoder import TRANSFORMER_TP_PLAN, TrunkConfig
 from franca.models.layers import Embedding, LayerNorm, Linear, attention, remember
 
 
@@ -47,8 +47,17 @@ class GPT2Config(TrunkConfig):
         "head.weight": "lm_head.weight",
     }
 
+    attends_only: ClassVar[bool] = True
+
     def block(self, number: int) -> nn.Module:
         return Block(self)
+
+    def block_tp_plan(self) -> dict[str, str]:
+        return TRANSFORMER_TP_PLAN
+
+    def tp_widths(self) -> dict[str, int]:
+        rows = {"model.vocab_size (see vocab_multiple)": self.num_rows, "model.max_seq_len": self.max_seq_len}
+        return {"model.num_heads": self.num_heads, "the MLP's width": self.mlp_dim or 4 * self.dim, **rows}
 
     def norm(self) -> nn.Module:
         return LayerNorm(self.dim, self.norm_eps)
@@ -67,7 +76,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: GPT2Config) -> None:
         super().__init__()
-        self.num_heads, self.dropout = c.num_heads, c.dropout
+        self.head_dim, self.dropout = c.dim // c.num_heads, c.dropout
         self.query = Linear(c.dim, c.dim, c.init_std, bias=True)
         self.key = Linear(c.dim, c.dim, c.init_std, bias=True)
         self.value = Linear(c.dim, c.dim, c.init_std, bias=True)
@@ -75,9 +84,11 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context, state: dict[str, Tensor] | None) -> Tensor:
         projections = (self.query, self.key, self.value)
-        q, k, v = (project(x_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for project in projections)
+        q, k, v = (project(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections)
         if state is not None:
             k, v = remember(state, k, v, context)
+        if context.spread is not None:
+            k, v = context.spread.gather(k), context.spread.gather(v)
         mask = context.masks[0]
         dropout = self.dropout if self.training else 0.0
         out_BHTE = attention(q, k, v, mask, mask is None and q.shape[2] > 1, dropout)

@@ -54,6 +54,20 @@ class HybridConfig(TrunkConfig):
         block: nn.Module = self.families()[number % len(self.blocks)].block(number)
         return block
 
+    @property
+    def attends_only(self) -> bool:  # type: ignore[override]
+        return all(member.attends_only for member in self.families())
+
+    def block_tp_plan(self) -> dict[str, str]:
+        plans = [member.block_tp_plan() for member in self.families()]
+        return plans[0] if all(plan == plans[0] for plan in plans) else {}
+
+    def tp_widths(self) -> dict[str, int]:
+        members = self.families() if self.tp_plan() else []
+        return {
+            f"{name} of blocks[{n}]": width for n, member in enumerate(members) for name, width in member.tp_widths().items()
+        }
+
     def rope(self) -> Rope | None:
         return next((rope for member in self.families() if (rope := member.rope()) is not None), None)
 

@@ -253,10 +253,14 @@ def see(q_T: Tensor, k_S: Tensor, window: int) -> Tensor:
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
-def document_mask(document_BT: Tensor, window: int = 0) -> Tensor:
-    """True where a position may see another: not later, not beyond the window, and in the same document. (B, 1, T, T) bool."""
-    places = torch.arange(document_BT.shape[1], device=document_BT.device)
-    return (document_BT[:, None, :, None] == document_BT[:, None, None, :]) & see(places, places, window)
+def document_mask(document_BS: Tensor, window: int = 0, places_T: Tensor | None = None) -> Tensor:
+    """True where a position may see another: not later, not beyond the window, and in the same document. (B, 1, T, S) bool.
+
+    `places_T`: the positions that look; None: all.
+    """
+    everywhere = torch.arange(document_BS.shape[1], device=document_BS.device)
+    places_T = everywhere if places_T is None else places_T
+    return (document_BS[:, None, places_T, None] == document_BS[:, None, None, :]) & see(places_T, everywhere, window)
 
 
 def remember(state: dict[str, Tensor], k_BKTE: Tensor, v_BKTE: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -307,6 +311,18 @@ def cross_entropy_sum(
     return cast(
         tuple[Tensor, Tensor], _CrossEntropySum.apply(*given, chunk, vocab_size, z_loss, shard, torch.is_grad_enabled())
     )
+
+
+class HeadLoss(nn.Module):
+    """`cross_entropy_sum` as a module, so that its inputs can be prepared where each device has some rows of the head."""
+
+    def __init__(self, vocab_size: int | None, z_loss: float) -> None:
+        super().__init__()
+        self.vocab_size, self.z_loss = vocab_size, z_loss
+        self.shard: VocabShard | None = None
+
+    def forward(self, x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy_sum(x_BTD, head_VD, targets_BT, None, self.vocab_size, self.z_loss, self.shard)
 
 
 class _CrossEntropySum(torch.autograd.Function):

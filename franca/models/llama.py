@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from franca.core.config import Count, Positive, config
 from franca.models.base import Context
-from franca.models.decoder import TrunkConfig
+from franca.models.decoder import TRANSFORMER_TP_PLAN, TrunkConfig
 from franca.models.layers import Linear, RMSNorm, Rope, RopeScaling, attention, remember, rotate
 
 
@@ -57,8 +57,17 @@ class LlamaConfig(TrunkConfig):
     def width_of_mlp(self) -> int:
         return self.mlp_dim or 256 * math.ceil((8 / 3 if self.mlp == "swiglu" else 4) * self.dim / 256)
 
+    attends_only: ClassVar[bool] = True
+
     def block(self, number: int) -> nn.Module:
         return Block(self)
+
+    def block_tp_plan(self) -> dict[str, str]:
+        return TRANSFORMER_TP_PLAN
+
+    def tp_widths(self) -> dict[str, int]:
+        heads = {"model.num_heads": self.num_heads, "model.num_kv_heads": self.num_kv_heads or self.num_heads}
+        return {**heads, "the MLP's width": self.width_of_mlp, "model.vocab_size (see vocab_multiple)": self.num_rows}
 
     def rope(self) -> Rope:
         return Rope(self.width_of_head, self.max_seq_len, self.rope_theta, self.rope_scaling)
@@ -99,6 +108,8 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if state is not None:
             k, v = remember(state, k, v, context)
+        if context.spread is not None:
+            k, v = context.spread.gather(k), context.spread.gather(v)
         mask = context.masks[self.window]
         out_BHTE = attention(q, k, v, mask, causal=mask is None and q.shape[2] > 1)
         return self.output(out_BHTE.transpose(1, 2).flatten(-2))

@@ -1,20 +1,20 @@
-"""Single-device model code onto many devices: one function, one order: compile per block -> FSDP2 -> memory -> weights."""
+"""Single-device model code onto many devices: one function, one order: TP and CP -> compile -> FSDP2 -> memory -> weights."""
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from franca.core.config import Precision
 from franca.models.base import Model, owners
-from franca.parallel.mesh import ParallelConfig
+from franca.parallel.mesh import Mesh, ParallelConfig
+from franca.parallel.tensor import Spread, split_layers
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parallelize(
-    model: nn.Module, mesh: DeviceMesh | None, parallel: ParallelConfig, precision: Precision, device: torch.device, seed: int
+    model: nn.Module, mesh: Mesh, parallel: ParallelConfig, precision: Precision, device: torch.device, seed: int
 ) -> None:
     """Lay a model, built on the meta device, onto its devices, in place, with its initial weights.
 
@@ -23,14 +23,19 @@ def parallelize(
     """
     contract: Model = model  # type: ignore[assignment]
     contract.compute_dtype = dtype = DTYPES[precision]
+    tp, cp, fsdp = mesh.axis("tp"), mesh.group("cp"), mesh.fsdp
+    if tp is not None:
+        split_layers(model, contract.config.tp_plan(), tp)
+    if cp is not None:
+        contract.spread = Spread(cp)
     if parallel.compile:
         for layer in contract.layers:
             layer.compile()
-    if mesh is not None:
+    if fsdp is not None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in contract.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, mesh=fsdp, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward)
+        fully_shard(model, mesh=fsdp, mp_policy=policy)
         register_fsdp_forward_method(model, "losses")
     model.to_empty(device=device)
     init_weights(model, torch.Generator(device).manual_seed(seed))
@@ -58,5 +63,16 @@ def init_weights(model: nn.Module, generator: torch.Generator) -> None:
         module.reset(generator)
         module._parameters.update(sharded)
         for name, p in sharded.items():
-            mine = distribute_tensor(whole[name].detach(), p.device_mesh, p.placements, src_data_rank=None)
-            p.to_local().copy_(mine.to_local())
+            p.to_local().copy_(_part(whole[name].detach(), p))
+
+
+def _part(whole: Tensor, sharded: DTensor) -> Tensor:
+    """This rank's part of a tensor: cut along the inner axes of the mesh first, as FSDP2 cuts what others have cut before."""
+    part, here = whole, sharded.device_mesh.get_coordinate()
+    assert here is not None
+    for axis in reversed(range(sharded.device_mesh.ndim)):
+        dim = getattr(sharded.placements[axis], "dim", None)  # of Shard and of FSDP2's _StridedShard, which is none
+        if dim is not None:
+            chunks = part.chunk(sharded.device_mesh.size(axis), dim)
+            part = chunks[here[axis]] if here[axis] < len(chunks) else part.narrow(dim, 0, 0)
+    return part

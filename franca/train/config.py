@@ -89,7 +89,7 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
         problems.append(f"model.vocab_size: is {model.vocab_size}, but the tokenizer has {vocab_size} ids")
     if model.max_seq_len < settings.data.seq_len:
         problems.append(f"data.seq_len: is {settings.data.seq_len}, longer than model.max_seq_len {model.max_seq_len}")
-    problems += [*model.problems(), *mesh.problems(settings.parallel, num_ranks)]
+    problems += [*model.problems(), *mesh.problems(settings.parallel, num_ranks, model, settings.data.seq_len)]
     if settings.init_from is not None:
         try:
             find(Path(settings.init_from).expanduser())
@@ -100,7 +100,6 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
     except ValueError as error:
         raise problems_error("the run", [*problems, f"train.{error}"]) from None
     timeline = Timeline(stages, settings.data.seq_len, plan.order.epoch_samples)
-    problems += _batch_problems(settings.train, timeline, num_ranks)
     total_steps = timeline.steps(settings.train.length)
     if plan.order.end is not None:
         total_steps = min(total_steps, timeline.steps_for(plan.order.end))
@@ -113,13 +112,3 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
     if problems:
         raise problems_error("the run", problems)
     return resolved
-
-
-def _batch_problems(train: TrainConfig, timeline: Timeline, num_ranks: int) -> list[str]:
-    unit = num_ranks * (train.micro_samples or 1)
-    uneven = [stage.batch_samples for stage in timeline.stages if stage.batch_samples % unit]
-    if not uneven:
-        return []
-    shown = ", ".join(map(str, uneven[:3])) + (", ..." if len(uneven) > 3 else "")
-    micro = f" x micro_samples {train.micro_samples}" if train.micro_samples else ""
-    return [f"train.batch_samples: {shown} does not divide by {num_ranks} rank(s){micro} = {unit}; use a multiple of {unit}"]

@@ -25,6 +25,7 @@ from franca.data.loader import Batch, Loader, validation_sets
 from franca.observe.metrics import Metrics
 from franca.parallel import mesh, world
 from franca.parallel.apply import parallelize
+from franca.parallel.mesh import Mesh
 from franca.parallel.world import World
 from franca.train import optim, validation
 from franca.train.config import Resolved, RunConfig, read_config, resolve
@@ -38,6 +39,7 @@ class Run:
 
     resolved: Resolved
     world: World
+    mesh: Mesh
     faults: Faults
     folder: RunFolder
     attempt: int
@@ -130,11 +132,11 @@ def build(resolved: Resolved, here: World, faults: Faults, folder: RunFolder, at
     settings, plan = resolved.config, resolved.plan
     with torch.device("meta"):
         model = settings.model.build()
-    devices = mesh.make(here.size, here.device)
-    parallelize(model, devices, settings.parallel, settings.train.precision, here.device, settings.seed)
+    place = mesh.make(settings.parallel, here.size, here.rank, here.device)
+    parallelize(model, place, settings.parallel, settings.train.precision, here.device, settings.seed)
     optimizer = optim.build(model, settings.optim)
     loader = Loader(plan.order, plan.shards, resolved.timeline, resolved.stop_samples, settings.data.attention)
-    run = Run(resolved, here, faults, folder, attempt, metrics, model, optimizer, loader)
+    run = Run(resolved, here, place, faults, folder, attempt, metrics, model, optimizer, loader)
     resume(run)
     return run
 
@@ -145,8 +147,8 @@ def loop(run: Run) -> int:
     validate_every = settings.validation.every
     now = timeline.clock(run.step)
     save_due = False
-    for batch in run.loader.ahead(range(run.step, run.resolved.total_steps), run.world.rank, run.world.size):
-        verdict = run.faults.agree(run.world, batch.num_valid, save_due)
+    for batch in run.loader.ahead(range(run.step, run.resolved.total_steps), run.mesh.dp_rank, run.mesh.dp_size):
+        verdict = run.faults.agree(run.world, batch.num_valid if run.mesh.counts_rows else 0, save_due)
         if verdict.save:
             save(run)
         if verdict.stop:
@@ -170,11 +172,11 @@ def step(run: Run, batch: Batch, num_valid: float) -> Noted:
     settings, model, rows = run.config, run.model, len(batch.tokens_BT)
     micro = settings.train.micro_samples or rows
     lr = optim.lr_at(settings.optim, run.resolved.timeline, settings.train.length, run.step)
-    # The mean over all valid tokens of the step. FSDP2 averages over the ranks; times their number, that is a sum.
-    scale = run.world.size / max(num_valid, 1.0)
+    # The mean over all valid tokens of the step. FSDP2 averages over its ranks; times their number, that is a sum.
+    scale = run.mesh.gradient_parts / max(num_valid, 1.0)
     sums: dict[str, Tensor] = {}
     for first in range(0, rows, micro):
-        if run.world.size > 1:
+        if run.mesh.fsdp is not None:
             model.set_requires_gradient_sync(first + micro >= rows)  # type: ignore[operator]
         # What a model draws (dropout) follows from the place, as the data do.
         torch.manual_seed(random.Random(f"{settings.seed} {run.step} {first} {run.world.rank}").getrandbits(63))
@@ -197,7 +199,8 @@ def log(run: Run) -> None:
     if not run.noted:
         return
     timeline, noted, run.noted = run.resolved.timeline, run.noted, []
-    sums = run.world.gather_sum(torch.stack([torch.stack(list(note.sums.values())).double() for note in noted])).tolist()
+    mine = torch.stack([torch.stack(list(note.sums.values())).double() for note in noted])
+    sums = run.world.gather_sum(mine * run.mesh.counts_losses).tolist()
     norms = torch.stack([note.grad_norm for note in noted]).tolist()
     now = time.monotonic()
     step_s, run.logged = (now - run.logged) / len(noted), now
@@ -229,11 +232,11 @@ def validate(run: Run) -> None:
     """The held-out loss of every set of the data, on the live model; once per step, also when a finished run is run again."""
     log(run)
     train, timeline = run.config.train, run.resolved.timeline
-    micro = run.config.validation.micro_samples or train.micro_samples or max(1, train.batch_samples // run.world.size)
+    micro = run.config.validation.micro_samples or train.micro_samples or max(1, train.batch_samples // run.mesh.dp_size)
     for name, (loader, facts) in validation_sets(run.resolved.plan, run.config.data).items():
         if run.world.from_main(run.metrics.has_validation(name, run.step)):
             continue
-        values = validation.measure(run.model, loader, facts, micro, run.world)
+        values = validation.measure(run.model, loader, facts, micro, run.world, run.mesh)
         clock = timeline.clock(run.step)
         run.metrics.validation({"step": run.step, "samples": clock.samples, "tokens": clock.tokens, "set": name, **values})
         run.metrics.say(f"validation {name}: loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")

@@ -11,6 +11,7 @@ from franca.core.duration import RepeatableCadence
 from franca.data.loader import Loader
 from franca.models.base import Batch
 from franca.parallel.apply import reshard
+from franca.parallel.mesh import Mesh
 from franca.parallel.world import World
 
 
@@ -22,7 +23,9 @@ class ValidationConfig:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, loader: Loader, facts: dict[str, Any], micro_samples: int, world: World) -> dict[str, float]:
+def measure(
+    model: nn.Module, loader: Loader, facts: dict[str, Any], micro_samples: int, world: World, mesh: Mesh
+) -> dict[str, float]:
     """The mean loss (nats per token), perplexity and bits per byte of one held-out set, the same on every rank.
 
     Bits per byte count every byte of the set: tokens that nothing predicts (the very first) count as the mean of the others.
@@ -30,11 +33,11 @@ def measure(model: nn.Module, loader: Loader, facts: dict[str, Any], micro_sampl
     model.eval()
     rows = loader.order.epoch_samples
     total, num_valid = torch.zeros((), dtype=torch.float64, device=world.device), 0
-    for first in range(0, rows, micro_samples * world.size):
-        batch = loader.rows(first + world.rank * micro_samples, micro_samples)
+    for first in range(0, rows, micro_samples * mesh.dp_size):
+        batch = loader.rows(first + mesh.dp_rank * micro_samples, micro_samples)
         total += model.losses(to_device(batch, world.device))["nll"].double()  # type: ignore[operator]
         num_valid += batch.num_valid
-    nll, valid = world.sum([total.item(), num_valid])
+    nll, valid = world.sum([total.item() * mesh.counts_losses, num_valid * mesh.counts_rows])
     model.train()
     reshard(model)
     loss = nll / max(valid, 1)
