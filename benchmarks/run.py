@@ -6,7 +6,7 @@ import time
 import warnings
 from pathlib import Path
 
-from benchmarks import generation, loader, parallel, prepare, start, training
+from benchmarks import generation, loader, loss, parallel, prepare, start, training
 from benchmarks.table import Row, machine, say, show
 
 GROUPS = {
@@ -16,6 +16,7 @@ GROUPS = {
     "generation": generation.rows,
     "training": training.rows,
     "parallel": parallel.rows,
+    "loss": loss.rows,
 }
 
 

