@@ -2,14 +2,21 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from franca.checkpoint.convert import ONE
+from franca.core.run import read_records
 from franca.parallel import world
 from franca.parallel.mesh import ParallelConfig
 from franca.parallel.world import World
+from franca.train import loop
 from franca.train.care import COLLECT_EVERY_STEPS, Care
+from franca.train.config import read_config
+from franca.train.faults import Faults
 
 PARALLEL = ParallelConfig(first_timeout_s=900, timeout_s=60)
 
@@ -85,3 +92,32 @@ def test_timeouts_are_loose_to_the_end_of_step_1_and_tight_after(monkeypatch, he
         for _ in range(4):
             care.step()
     assert seen == expected
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_run_is_cared_for_and_says_whether_it_is_deterministic(run_file, monkeypatch, wanted: bool) -> None:
+    seen, step = [], loop.step
+
+    def watched(*given):
+        seen.append((torch.are_deterministic_algorithms_enabled(), gc.isenabled()))
+        return step(*given)
+
+    monkeypatch.setattr(loop, "step", watched)
+    path = run_file(train={"length": "3 steps", "deterministic": wanted}, optim={"warmup": "1 steps"})
+    folder = Path(yaml.safe_load(path.read_text())["run"])
+    try:
+        assert loop.start(read_config(path, []), ONE, Faults()) == 0
+    finally:
+        world.set_deterministic(False, torch.device("cpu"))
+    assert seen == [(wanted, True), (wanted, False), (wanted, False)]
+    assert next(read_records(folder / "events.jsonl"))["deterministic"] == wanted
+    header = (folder / "train.log").read_text().splitlines()[0]
+    assert header.startswith("attempt 1, 1 rank(s) on cpu: deterministic algorithms are " + ("on" if wanted else "off"))
+
+
+def test_a_run_of_no_steps_has_a_held_out_loss(run_file, records) -> None:
+    path = run_file(train={"length": "0 steps"}, validation={"at_end": True, "micro_samples": 64})
+    folder = Path(yaml.safe_load(path.read_text())["run"])
+    assert loop.start(read_config(path, []), ONE, Faults()) == 0
+    assert [record["step"] for record in records(folder, "metrics.validation.jsonl")] == [0]
+    assert records(folder) == []

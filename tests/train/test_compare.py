@@ -173,7 +173,7 @@ def test_deterministic_runs_are_equal_to_the_bit_stopped_or_not(launch, run_file
 
 def test_a_run_of_no_steps_is_a_seed_for_every_mesh(launch, run_file) -> None:
     """Its weights are those of the seed on any number of ranks, and a run that starts from them is the run of that seed."""
-    no_steps = {"train": {"length": "0 steps"}, "validation": {"at_end": True}}
+    no_steps = {"train": {"length": "0 steps"}}
     assert plan(read_config(run_file("planned", **no_steps), []), 2)["problems"] == []
     seeds = [launch(run_file(f"seed{ranks}", **no_steps), ranks=ranks) for ranks in (1, 2)]
     assert [seed.wait() for seed in seeds] == [[0], [0, 0]]
