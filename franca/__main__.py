@@ -73,9 +73,26 @@ def prepare(
     _call(f"franca.data.{module}:main", file, given)
 
 
-@app.command(epilog="Example: franca verify data/mine --json")
-def verify(path: Annotated[Path, typer.Argument(help="A prepared dataset.")], json: Json = False) -> None:
-    """Read every byte of a dataset and say what is not as it was written."""
+@app.command(epilog="Example: franca verify data/mine --json (or: verify losses runs/mine runs/other --rtol 1e-5)")
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="[losses RUN] PATH", help="A prepared dataset; or: losses, and two runs.")],
+    runs: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    rtol: Annotated[
+        float | None, typer.Option(min=0, help="Of losses: the relative difference that is none; default 0.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Read every byte of a dataset and say what is not as it was written.
+    `losses`: whether two runs are the same, and the first step and the first tensor of their checkpoints that differ.
+    """
+    if str(path) == "losses":
+        if len(runs or []) != 2:
+            raise ConfigError("franca verify losses: which two runs? For example: franca verify losses runs/mine runs/other")
+        raise typer.Exit(_call("franca.train.compare:main", *(runs or []), rtol or 0.0, json))
+    if runs or rtol is not None:
+        raise ConfigError(
+            f"franca verify {path}: a dataset is verified by itself, without --rtol. For runs: franca verify losses"
+        )
     raise typer.Exit(_call("franca.data.verify:main", path, json))
 
 

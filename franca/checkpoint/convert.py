@@ -97,6 +97,11 @@ def _params(checkpoint: Checkpoint) -> Params:
     return check(Params, checkpoint.params, f"{checkpoint.path}/params.json")
 
 
+def parameter_names(checkpoint: Checkpoint) -> list[str]:
+    """The names of the model's parameters, in its own order."""
+    return [name for name, _ in _on_meta(_params(checkpoint).model).named_parameters()]
+
+
 def _on_meta(shape: ModelConfig) -> Any:
     with torch.device("meta"):
         return shape.build()

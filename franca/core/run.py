@@ -101,6 +101,7 @@ class RunFolder:
         self.events = self.root / "events.jsonl"
         self.tensorboard = self.root / "tensorboard"
         self.checkpoints = self.root / "checkpoints"
+        self.logs = self.root / "logs"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

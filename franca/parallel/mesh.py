@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from franca.core.config import Count, config
+from franca.core.config import Count, Positive, config
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -28,6 +28,9 @@ class ParallelConfig:
     tp: Count = 1  # ranks that share each layer and, between layers, each row (tensor and sequence parallelism)
     reshard_after_forward: bool = True  # False: keep whole layers between forward and backward; faster, more memory
     compile: bool = False  # torch.compile of every block
+    # How long a collective of the GPUs may take before the run fails, and NCCL's flight recorder tells where each rank stood.
+    first_timeout_s: Positive = 1800.0  # up to the end of an attempt's first step: ranks compile at different speeds
+    timeout_s: Positive = 300.0  # after it; saves and slow disks are waited for on the host, not here
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,25 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from franca.core.errors import ConfigError
 
 # What may be written to `environment.json`: settings that change a run, nothing that could hold a secret.
-_RECORDED = """CUDA_VISIBLE_DEVICES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS RANK WORLD_SIZE SLURMD_NODENAME SLURM_JOB_ID
-    SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_JOB_PARTITION SLURM_NNODES SLURM_NTASKS SLURM_PROCID SLURM_RESTART_COUNT"""
+_RECORDED = """CUBLAS_WORKSPACE_CONFIG CUDA_VISIBLE_DEVICES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS RANK WORLD_SIZE
+    SLURMD_NODENAME SLURM_JOB_ID SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_JOB_PARTITION SLURM_NNODES SLURM_NTASKS SLURM_PROCID
+    SLURM_RESTART_COUNT"""
+
+# How long one rank's host may keep the others waiting: a save, a validation and an index of the data are among the healthy
+# reasons. A dead process is noticed at once, by its closed connection.
+HOST_TIMEOUT_S = 1800.0
+CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")
 
 
 @dataclass(frozen=True)
@@ -65,17 +73,63 @@ class World:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def dump_flights_to(self, prefix: Path) -> None:
+        """Where NCCL's flight recorder, when a collective fails, writes the last ones: a file per rank, `prefix` and the rank.
+
+        The recorder looks at this when it writes.
+        """
+        if self.device.type == "cuda":
+            _unless_set("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", value=str(prefix))
+
 
 def start(timeout_s: float = 600.0) -> World:
-    """Find this process's place and, with several processes, join the process group (gloo; NCCL beside it on GPUs)."""
+    """Find this process's place and, with several processes, join the process group (gloo; NCCL beside it on GPUs).
+
+    All must have come within `timeout_s`.
+    """
     rank, size, local_rank = _place(os.environ)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
+        _unless_set("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE", value="2000")  # collectives that NCCL remembers
+        _unless_set("TORCH_NCCL_DUMP_ON_TIMEOUT", value="1")
     if size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+        backend, place = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
+        wait = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=wait, device_id=place)
+        set_timeout("cpu", HOST_TIMEOUT_S)
     return World(rank, size, local_rank, device)
+
+
+def set_timeout(device_type: str, timeout_s: float) -> None:
+    """How long the collectives on `device_type` may take in every group of this process, from the next one on."""
+    device = torch.device(device_type)
+    for group in distributed_c10d._world.pg_map:
+        if device in group._device_types:
+            group._get_backend(device)._set_default_timeout(timedelta(seconds=timeout_s))
+
+
+def _unless_set(*names: str, value: str) -> None:
+    """Set the first of a variable's names, unless the user has set any of them."""
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = value
+
+
+def set_deterministic(wanted: bool, device: torch.device) -> None:
+    """Let PyTorch take only algorithms that give the same bits every time; an operation without one raises RuntimeError.
+
+    Before the first product on the GPU. Raises ConfigError when the environment asks cuBLAS for something else.
+    """
+    if wanted and device.type == "cuda":  # see "Reproducibility" in NVIDIA's cuBLAS manual
+        given = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_DETERMINISTIC[0])
+        if given not in CUBLAS_DETERMINISTIC:
+            allowed = " or ".join(CUBLAS_DETERMINISTIC)
+            raise ConfigError(f"train.deterministic: needs CUBLAS_WORKSPACE_CONFIG {allowed}, but it is {given!r}. Unset it")
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+    if wanted:
+        torch.backends.cudnn.benchmark = False
 
 
 def stop() -> None:

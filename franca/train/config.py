@@ -29,12 +29,13 @@ from franca.train.validation import ValidationConfig
 class TrainConfig:
     """How long, in what portions, in what precision."""
 
-    length: Length
+    length: Length  # 0 steps: the checkpoint of the initial weights, for `init_from` on any mesh
     batch_samples: Count  # rows per step, over all ranks
     batch_ramp: BatchRamp | None = None
     micro_samples: Count | None = None  # rows per rank and forward pass; None: the rank's whole share
     precision: Precision = "bf16"  # of the matrix products; parameters, gradients and moments are fp32
     log_every: RepeatableCadence = Duration(10, "steps")
+    deterministic: bool = False  # the same bits every time on the same ranks and devices; slower on GPUs
 
 
 @config
@@ -104,10 +105,11 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
     if plan.order.end is not None:
         total_steps = min(total_steps, timeline.steps_for(plan.order.end))
     resolved = Resolved(dataclasses.replace(settings, model=model), plan, timeline, total_steps)
-    if resolved.total_steps < 1:
+    if resolved.total_steps < 1 and settings.train.length.value:
         least = f"one step of {settings.train.batch_samples} samples"
         problems.append(f"train.length: '{settings.train.length}' is less than {least}")
-    problems += optim.problems(settings.optim, timeline, settings.train.length)
+    if settings.train.length.value:
+        problems += optim.problems(settings.optim, timeline, settings.train.length)
     problems += plan.order.shortages(resolved.stop_samples)
     if problems:
         raise problems_error("the run", problems)

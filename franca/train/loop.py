@@ -28,6 +28,7 @@ from franca.parallel.apply import parallelize
 from franca.parallel.mesh import Mesh
 from franca.parallel.world import World
 from franca.train import optim, validation
+from franca.train.care import Care
 from franca.train.config import Resolved, RunConfig, read_config, resolve
 from franca.train.faults import Faults
 from franca.train.validation import to_device
@@ -95,14 +96,19 @@ def start(settings: RunConfig, here: World, faults: Faults, path: Path | None = 
     """One attempt at a run, from nothing or from its newest good checkpoint. Returns the exit code."""
     resolved = resolve(settings, here.size)
     folder = RunFolder(Path(settings.run).expanduser())
+    world.set_deterministic(settings.train.deterministic, here.device)
     with folder.lock() if here.is_main else nullcontext():
         attempt = open_folder(folder, resolved, here, path)
+        here.dump_flights_to(folder.logs / f"collectives_attempt{attempt}_rank")
         with Metrics(settings.metrics, folder, attempt, resolved.total_steps, speaking=here.is_main) as metrics:
+            bits = "on" if settings.train.deterministic else "off (train.deterministic)"
+            metrics.say(f"attempt {attempt}, {here.size} rank(s) on {here.device.type}: deterministic algorithms are {bits}")
             try:
                 run = build(resolved, here, faults, folder, attempt, metrics)
                 if here.is_main:  # not before: what a resume refuses must not become the run's configuration
                     write_atomically(folder.config, to_yaml(resolved.config))
-                code = loop(run)
+                with Care(here, settings.parallel) as care:
+                    code = loop(run, care)
             except Exception as error:
                 if here.is_main:
                     folder.event("exit", attempt, code=1, reason=f"{type(error).__name__}: {error}")
@@ -122,7 +128,10 @@ def open_folder(folder: RunFolder, resolved: Resolved, here: World, path: Path |
         folder.write_environment(world.environment(here))
         if path is not None and path.is_file() and not folder.base_config.exists():
             write_atomically(folder.base_config, path.read_bytes())
-        folder.event("start", attempt, world_size=here.size, code=code, plan=resolved.plan.order.fingerprint())
+        folder.logs.mkdir(exist_ok=True)
+        deterministic = resolved.config.train.deterministic
+        plan = resolved.plan.order.fingerprint()
+        folder.event("start", attempt, world_size=here.size, code=code, plan=plan, deterministic=deterministic)
         Store(folder.checkpoints).tidy()
     return int(here.from_main(attempt))
 
@@ -141,7 +150,7 @@ def build(resolved: Resolved, here: World, faults: Faults, folder: RunFolder, at
     return run
 
 
-def loop(run: Run) -> int:
+def loop(run: Run, care: Care) -> int:
     """Step after step to the end, or to a verdict to stop. Returns the exit code."""
     settings, timeline = run.config, run.resolved.timeline
     validate_every = settings.validation.every
@@ -153,6 +162,7 @@ def loop(run: Run) -> int:
             save(run)
         if verdict.stop:
             return EXIT_RESUMABLE
+        care.step()
         run.noted.append(step(run, batch, verdict.num_valid))
         run.step += 1
         before, now = now, timeline.clock(run.step, time.monotonic() - run.began)
