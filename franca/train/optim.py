@@ -46,7 +46,7 @@ class OptimConfig(Choice):
     final_lr_ratio: Share = 0.1  # of the peak, at the end of the decay
     groups: tuple[GroupRule, ...] = ()
     moments: Literal["fp32", "bf16"] = "fp32"  # bf16: rounded stochastically
-    bf16_params: Literal["stochastic", "kahan"] | None = None  # parameters in bf16, and how they are rounded; None: fp32
+    bf16_params: Literal["stochastic", "kahan"] | None = None  # parameters in bf16, with or without a residue; None: fp32
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # keep an average of the weights that forgets so much slower: 0.999
     max_skipped: Annotated[int, Field(ge=0)] = 0  # steps in a row whose gradient may be not finite; more end the run
 
@@ -141,7 +141,7 @@ class Optimizer:
             data = parameter.detach()
             state = self.rules[groups[name].rule].state(data)
             if optim.bf16_params == "kahan":
-                state["residue"] = torch.zeros_like(data)
+                state["residue"] = torch.zeros_like(data, dtype=torch.int16)
             if optim.ema is not None:
                 state["ema"] = torch.zeros_like(data, dtype=torch.float32)
             self.parts[name] = Part(name, parameter, state)

@@ -36,7 +36,8 @@ class Writer:
     The choice is made on the device (`where`, since 0 times NaN is NaN), and nothing waits for it. In bf16, moments and
     parameters without a residue are rounded stochastically: up or down with the probabilities that keep the mean. The draws
     follow from the seed, the step, the tensor's name and the place of the shard: equal after a resume, equal on replicas,
-    independent on the shards. With a residue, a second bf16 tensor keeps what rounding took (Kahan 1965).
+    independent on the shards. A parameter's residue keeps what rounding to the nearest took (Kahan 1965): since a bf16 is
+    the upper half of an fp32, 16 bits hold all of it.
     """
 
     def __init__(self, found_inf: Tensor, seed: int, step: int) -> None:
@@ -51,9 +52,10 @@ class Writer:
         if "residue" not in part.state:
             return self._put(part.parameter, new, part.name)
         old, residue = local(part.parameter), local(part.state["residue"])
-        rounded = new.to(old.dtype)
-        residue.copy_(torch.where(self.skip, residue, (new - rounded.float()).to(residue.dtype)))
-        old.copy_(torch.where(self.skip, old, rounded))
+        bits = new.view(torch.int32)
+        upper = bits + (1 << 15) & -(1 << 16)
+        residue.copy_(torch.where(self.skip, residue, (bits - upper).to(torch.int16)))
+        old.copy_(torch.where(self.skip, old, upper.view(torch.float32)))
         return None
 
     def _put(self, tensor: Tensor, new: Tensor, name: str) -> None:
@@ -67,7 +69,9 @@ class Writer:
 def value(part: Part) -> Tensor:
     """This rank's part of the parameter in fp32, with what rounding took from it."""
     parameter = local(part.parameter).float()
-    return parameter + local(part.state["residue"]).float() if "residue" in part.state else parameter
+    if "residue" in part.state:
+        return (parameter.view(torch.int32) + local(part.state["residue"])).view(torch.float32)
+    return parameter
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
