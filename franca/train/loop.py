@@ -148,6 +148,9 @@ def build(resolved: Resolved, here: World, faults: Faults, folder: RunFolder, at
     settings, plan = resolved.config, resolved.plan
     with torch.device("meta"):
         model = settings.model.build()
+    if settings.optim.bf16_params is not None:  # buffers stay as exact as they are
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
     place = mesh.make(settings.parallel, here.size, here.rank, here.device)
     parallelize(model, place, settings.parallel, settings.train.precision, here.device, settings.seed)
     optimizer = Optimizer(model, settings.optim, settings.seed, DTYPES[settings.train.precision])
