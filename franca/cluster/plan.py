@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from franca.core.errors import ConfigError
 from franca.models.base import count_parameters
 from franca.train.config import RunConfig, read_config, resolve
-from franca.train.optim import STATE_BYTES_PER_PARAMETER
+from franca.train.optim import state_bytes
 
 
 def main(path: Path, words: list[str], num_ranks: int, as_json: bool) -> int:
@@ -36,7 +36,7 @@ def plan(settings: RunConfig, num_ranks: int) -> dict[str, Any]:
     counts = count_parameters(model)
     clock = timeline.clock(resolved.total_steps)
     flops_per_token = model.flops_per_token(config.data.seq_len)
-    weights_bytes, states_bytes = 4 * counts["total"], STATE_BYTES_PER_PARAMETER * counts["total"]
+    weights_bytes, states_bytes = 4 * counts["total"], state_bytes(model, config.optim)
     return {
         "params": counts,
         "steps": resolved.total_steps,
@@ -46,7 +46,7 @@ def plan(settings: RunConfig, num_ranks: int) -> dict[str, Any]:
         "batch_ramp": [{"iteration": s.step, "samples": s.samples, "batch": s.batch_samples} for s in timeline.stages],
         "flops": {"per_token": flops_per_token, "total": flops_per_token * clock.tokens},
         "checkpoint": {"full_bytes": weights_bytes + states_bytes, "weights_bytes": weights_bytes},
-        # Parameters, gradients and two moments in fp32, all of them sharded over the ranks.
+        # Parameters and gradients in fp32 and the optimizer's state, all of them sharded over the ranks.
         "memory": {"static_bytes_per_device": (2 * weights_bytes + states_bytes) // num_ranks},
         "problems": [],
     }

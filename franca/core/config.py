@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, dataclass_
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from franca.core.errors import ConfigError
 
@@ -30,7 +30,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -49,6 +49,7 @@ class Choice:
     """
 
     members: ClassVar[dict[str, type]] = {}
+    default_kind: ClassVar[str | None] = None  # of a section that names none
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -62,9 +63,17 @@ class Choice:
         if Choice not in cls.__bases__:
             return handler(source)
         assert cls.members, f"no module that defines a {cls.__name__} was imported"
-        union: Any = Union[tuple(cls.members.values())]  # noqa: UP007 (built at run time)
+        tagged: Any = [Annotated[member, Tag(kind)] if cls.default_kind else member for kind, member in cls.members.items()]
+        union: Any = Union[tuple(tagged)]  # noqa: UP007 (built at run time)
         several = len(cls.members) > 1
-        return handler.generate_schema(Annotated[union, Field(discriminator="kind")] if several else union)
+        chooser: Any = Discriminator(cls._kind) if cls.default_kind else Field(discriminator="kind")
+        return handler.generate_schema(Annotated[union, chooser] if several else union)
+
+    @classmethod
+    def _kind(cls, section: Any) -> Any:
+        return (
+            section.get("kind", cls.default_kind) if isinstance(section, dict) else getattr(section, "kind", cls.default_kind)
+        )
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -105,7 +114,8 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         below: Any = under.get(key)
         both = isinstance(value, dict) and isinstance(below, dict)
-        result[key] = merge(below, value) if both and value.get("kind", below.get("kind")) == below.get("kind") else value
+        same = both and ("kind" not in below or value.get("kind", below["kind"]) == below["kind"])
+        result[key] = merge(below, value) if same else value
     return result
 
 

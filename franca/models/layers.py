@@ -42,11 +42,11 @@ class Linear(nn.Linear):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which products of x run: its own, but fp32 for bf16 on an x86 CPU without bf16 instructions.
+    """The dtype in which products of x run: its own, but on a CPU fp32 for fp16, and for bf16 without its instructions (x86).
 
     There, products of numbers rounded to bf16 run in fp32 about 20 times faster than in bf16, and more exactly.
     """
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _cpu_has_bf16():
+    if x.device.type == "cpu" and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not _cpu_has_bf16())):
         return torch.float32
     return x.dtype
 

@@ -10,7 +10,7 @@ from franca.models.base import Model, owners
 from franca.parallel.mesh import Mesh, ParallelConfig
 from franca.parallel.tensor import Spread, split_layers
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parallelize(

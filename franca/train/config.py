@@ -8,7 +8,10 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import franca.models.hybrid  # noqa: F401 (with all families: they join the choice of models)
+import torch
+
+import franca.models.hybrid
+import franca.train.muon  # noqa: F401 (joins the choice of optimizers)
 from franca.checkpoint.sharded import CheckpointConfig
 from franca.checkpoint.store import find
 from franca.core.config import Count, Precision, config, load, problems_error
@@ -21,7 +24,9 @@ from franca.observe.metrics import MetricsConfig
 from franca.parallel import mesh
 from franca.parallel.mesh import ParallelConfig
 from franca.train import optim
+from franca.train.adamw import AdamWConfig
 from franca.train.optim import OptimConfig
+from franca.train.scale import LossScaleConfig
 from franca.train.validation import ValidationConfig
 
 
@@ -33,7 +38,8 @@ class TrainConfig:
     batch_samples: Count  # rows per step, over all ranks
     batch_ramp: BatchRamp | None = None
     micro_samples: Count | None = None  # rows per rank and forward pass; None: the rank's whole share
-    precision: Precision = "bf16"  # of the matrix products; parameters, gradients and moments are fp32
+    precision: Precision = "bf16"  # of the matrix products; parameters (see optim), gradients and their sums are fp32
+    loss_scale: LossScaleConfig | None = None  # of fp16; None: its defaults
     log_every: RepeatableCadence = Duration(10, "steps")
     deterministic: bool = False  # the same bits every time on the same ranks and devices; slower on GPUs
 
@@ -49,7 +55,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = AdamWConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -110,7 +116,20 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
         problems.append(f"train.length: '{settings.train.length}' is less than {least}")
     if settings.train.length.value:
         problems += optim.problems(settings.optim, timeline, settings.train.length)
+    problems += _precision_problems(settings)
+    if settings.optim.groups and not problems:
+        with torch.device("meta"):
+            problems += optim.group_problems(model.build(), settings.optim)
     problems += plan.order.shortages(resolved.stop_samples)
     if problems:
         raise problems_error("the run", problems)
     return resolved
+
+
+def _precision_problems(settings: RunConfig) -> list[str]:
+    found, precision = [], settings.train.precision
+    if settings.train.loss_scale is not None and precision != "fp16":
+        found.append(f"train.loss_scale: has no effect on train.precision {precision}; leave it out, or train in fp16")
+    if settings.optim.bf16_params is not None and precision != "bf16":
+        found.append(f"optim.bf16_params: parameters in bf16 are for train.precision bf16, not {precision}; leave it out")
+    return found

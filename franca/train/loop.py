@@ -24,13 +24,15 @@ from franca.core.run import RunFolder, write_atomically
 from franca.data.loader import Batch, Loader, validation_sets
 from franca.observe.metrics import Metrics
 from franca.parallel import mesh, world
-from franca.parallel.apply import parallelize
+from franca.parallel.apply import DTYPES, parallelize
 from franca.parallel.mesh import Mesh
 from franca.parallel.world import World
 from franca.train import optim, validation
 from franca.train.care import Care
 from franca.train.config import Resolved, RunConfig, read_config, resolve
 from franca.train.faults import Faults
+from franca.train.optim import Optimizer
+from franca.train.scale import LossScale, LossScaleConfig
 from franca.train.validation import to_device
 
 
@@ -46,17 +48,29 @@ class Run:
     attempt: int
     metrics: Metrics
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
+    loss_scale: LossScale | None  # of fp16
     loader: Loader
     step: int = 0
     saved_step: int | None = None
     noted: list["Noted"] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)  # steps, from 0, that changed nothing: their gradient was not finite
+    checked: int = 0  # the steps before it are known to be skipped or not
     began: float = field(default_factory=time.monotonic)
     logged: float = field(default_factory=time.monotonic)
 
     @property
     def config(self) -> RunConfig:
         return self.resolved.config
+
+    @property
+    def known_skips(self) -> tuple[int, ...]:
+        """The skipped steps that the rate of `step` knows of.
+
+        fp16 waits for every step, as its overflows are many; other precisions look one step late, so that a device always
+        has a step to work on.
+        """
+        return tuple(step for step in self.skipped if step < self.step - (self.loss_scale is None))
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,8 @@ class Noted:
     step: int
     sums: dict[str, Tensor]
     grad_norm: Tensor
+    found_inf: Tensor  # 1: the step was skipped
+    loss_scale: Tensor | None
     num_valid: float
     lr: float
 
@@ -141,11 +157,16 @@ def build(resolved: Resolved, here: World, faults: Faults, folder: RunFolder, at
     settings, plan = resolved.config, resolved.plan
     with torch.device("meta"):
         model = settings.model.build()
+    if settings.optim.bf16_params is not None:  # buffers stay as exact as they are
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
     place = mesh.make(settings.parallel, here.size, here.rank, here.device)
     parallelize(model, place, settings.parallel, settings.train.precision, here.device, settings.seed)
-    optimizer = optim.build(model, settings.optim)
+    optimizer = Optimizer(model, settings.optim, settings.seed, DTYPES[settings.train.precision])
+    fp16 = settings.train.precision == "fp16"
+    loss_scale = LossScale(settings.train.loss_scale or LossScaleConfig(), here.device) if fp16 else None
     loader = Loader(plan.order, plan.shards, resolved.timeline, resolved.stop_samples, settings.data.attention)
-    run = Run(resolved, here, place, faults, folder, attempt, metrics, model, optimizer, loader)
+    run = Run(resolved, here, place, faults, folder, attempt, metrics, model, optimizer, loss_scale, loader)
     resume(run)
     return run
 
@@ -165,6 +186,7 @@ def loop(run: Run, care: Care) -> int:
         care.step()
         run.noted.append(step(run, batch, verdict.num_valid))
         run.step += 1
+        note_skips(run, run.step - (run.loss_scale is None))
         before, now = now, timeline.clock(run.step, time.monotonic() - run.began)
         if crossed(settings.train.log_every, before, now):
             log(run)
@@ -181,9 +203,12 @@ def step(run: Run, batch: Batch, num_valid: float) -> Noted:
     """One optimizer step: gradients of the micro-batches added up, clipped, applied. Nothing here waits for a device."""
     settings, model, rows = run.config, run.model, len(batch.tokens_BT)
     micro = settings.train.micro_samples or rows
-    lr = optim.lr_at(settings.optim, run.resolved.timeline, settings.train.length, run.step)
+    lr = optim.lr_at(settings.optim, run.resolved.timeline, settings.train.length, run.step, run.known_skips)
     # The mean over all valid tokens of the step. FSDP2 averages over its ranks; times their number, that is a sum.
-    scale = run.mesh.gradient_parts / max(num_valid, 1.0)
+    scale: float | Tensor = run.mesh.gradient_parts / max(num_valid, 1.0)
+    loss_scale = None if run.loss_scale is None else run.loss_scale.scale.clone()
+    if loss_scale is not None:
+        scale = scale * loss_scale
     sums: dict[str, Tensor] = {}
     for first in range(0, rows, micro):
         if run.mesh.fsdp is not None:
@@ -193,21 +218,30 @@ def step(run: Run, batch: Batch, num_valid: float) -> Noted:
         losses = model.losses(to_device(batch.part(first, micro), run.world.device))  # type: ignore[operator]
         (torch.stack(list(losses.values())).sum() * scale).backward()
         sums = {name: value.detach() + sums.get(name, 0.0) for name, value in losses.items()}
-    grad_norm = optim.clip(model, settings.optim.clip_norm)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return Noted(run.step + 1, sums, grad_norm, num_valid, lr)
+    grad_norm = optim.clip(model, settings.optim.clip_norm, loss_scale)
+    found_inf = (~grad_norm.isfinite()).float()
+    run.optimizer.step(lr, found_inf, run.step)
+    run.optimizer.zero_grad()
+    if run.loss_scale is not None:
+        run.loss_scale.update(found_inf)
+    return Noted(run.step + 1, sums, grad_norm, found_inf, loss_scale, num_valid, lr)
+
+
+def note_skips(run: Run, before: int) -> None:
+    """Learn which of the steps below `before` were skipped; this waits for the device to finish them."""
+    run.skipped += [note.step - 1 for note in run.noted if run.checked < note.step <= before and note.found_inf]
+    run.checked = max(run.checked, before)
 
 
 def log(run: Run) -> None:
     """Fetch the numbers of all steps since the last time in one go, and hand them to the sinks; losses in nats per token.
 
-    Raises FloatingPointError on every rank, when a loss or a gradient is not a number; before such weights can be saved.
+    Raises FloatingPointError on every rank, when a loss or a gradient is not a number and `optim.max_skipped` does not forgive
+    it. The weights are then still those of the last finite gradient.
     """
     if not run.noted:
         return
+    note_skips(run, run.step)
     timeline, noted, run.noted = run.resolved.timeline, run.noted, []
     mine = torch.stack([torch.stack(list(note.sums.values())).double() for note in noted])
     sums = run.world.gather_sum(mine * run.mesh.counts_losses).tolist()
@@ -227,15 +261,27 @@ def log(run: Run) -> None:
             **({"total_loss": total} if len(terms) > 1 else {}),
             "lr": note.lr,
             "grad_norm": norm,
+            "skipped": sum(step < note.step for step in run.skipped),
+            **({} if note.loss_scale is None else {"loss_scale": note.loss_scale.item()}),
             "step_s": step_s,
             "tokens_per_s": timeline.batch_samples(note.step - 1) * timeline.seq_len / step_s,
             "time": time.time(),
         }
         run.metrics.train(record)
-        if not math.isfinite(total + norm):
+        if not math.isfinite(total + norm) and not forgiven(run, note):
             what = f"the loss is {total} and the gradient's norm {norm} at step {note.step}"
             raise FloatingPointError(f"{what}: lower optim.lr, or look at the data. The last checkpoint is untouched")
     run.metrics.progress(record, step_s * (run.resolved.total_steps - run.step))
+
+
+def forgiven(run: Run, note: Noted) -> bool:
+    """Whether a step that is not finite may pass: it was skipped, and it is fp16's scale that is too large, or one of a few."""
+    if note.step - 1 not in run.skipped:
+        return False
+    if note.loss_scale is not None and run.loss_scale is not None and note.loss_scale > run.loss_scale.settings.min:
+        return True
+    last = range(note.step - 1 - run.config.optim.max_skipped, note.step)
+    return not all(step in run.skipped for step in last)
 
 
 def validate(run: Run) -> None:
@@ -256,7 +302,8 @@ def validate(run: Run) -> None:
 def state(run: Run) -> dict[str, Tensor]:
     """All tensors that a resume needs. Everything else (data order, rates, batch sizes) follows from the step."""
     model = {f"model.{name}": parameter.detach() for name, parameter in run.model.named_parameters()}
-    return model | optim.state_tensors(run.model, run.optimizer)
+    scale = {} if run.loss_scale is None else run.loss_scale.state_tensors()
+    return model | optim.state_tensors(run.model, run.optimizer) | scale
 
 
 def save(run: Run) -> None:
@@ -272,6 +319,7 @@ def save(run: Run) -> None:
         "tokens": clock.tokens,
         "attempt": run.attempt,
         "plan": plan.order.fingerprint(samples),
+        "skipped": run.skipped,
         "tokenizer": plan.tokenizer["sha256"],
         "config": to_dict(run.config),
     }
@@ -300,7 +348,8 @@ def resume(run: Run) -> None:
     if checkpoint is not None:
         refuse_other_data(run, checkpoint)
         sharded.load(checkpoint, state(run), run.world.size)
-        run.step = run.saved_step = checkpoint.step
+        run.step = run.saved_step = run.checked = checkpoint.step
+        run.skipped = list(checkpoint.meta.get("skipped", ()))
     elif run.config.init_from is not None:
         weights = {name: tensor for name, tensor in state(run).items() if name.startswith("model.")}
         sharded.load(find(Path(run.config.init_from).expanduser(), whole=True), weights, run.world.size)

@@ -20,6 +20,7 @@ from franca.models.base import Batch
 from franca.parallel.apply import init_weights
 from franca.parallel.world import World
 from franca.train import loop, optim
+from franca.train.adamw import AdamWConfig
 from franca.train.config import Resolved, read_config, resolve
 from franca.train.faults import Faults
 
@@ -270,7 +271,7 @@ def test_bits_per_byte_against_a_plain_count(run_file, records) -> None:
 def test_state_names_every_parameter_and_moment(run_file) -> None:
     model = resolve(read_config(run_file(), []), 1).config.model.build()
     names = [name for name, _ in model.named_parameters()]
-    state = optim.state_tensors(model, optim.build(model, optim.OptimConfig()))
+    state = optim.state_tensors(model, optim.Optimizer(model, AdamWConfig()))
     assert set(state) == {f"optimizer.{name}.{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
     assert Batch._fields == ("tokens_BT", "targets_BT", "document_BT", "position_BT")
 
