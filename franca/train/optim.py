@@ -1,14 +1,15 @@
 """The optimizer: AdamW over the model's own groups, its learning rate set from the clock before every step."""
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from franca.core.config import BelowOne, NotNegative, Positive, Share, config
+from franca.core.config import BelowOne, NotNegative, Positive, config
 from franca.core.duration import Duration, Length
-from franca.core.schedule import Decay, Timeline, learning_rate
+from franca.core.schedule import Cooldown, CosineDecay, Decay, Schedule, Timeline
 
 
 @config
@@ -22,30 +23,21 @@ class OptimConfig:
     weight_decay: NotNegative = 0.1  # of matrices and embeddings; gains and biases have none
     clip_norm: NotNegative = 1.0  # of the global gradient; 0: no clipping
     warmup: Length = Duration(100, "steps")
-    decay: Decay = "cosine"
-    decay_length: Length | None = None  # from the start, warm-up included; None: the length of the run
-    final_lr_ratio: Share = 0.1  # of the peak, at the end of the decay
+    decay: Decay = CosineDecay()
+    cooldown: Cooldown | None = None  # may be added at a resume: it begins now, or whenever you say
 
 
 def problems(optim: OptimConfig, timeline: Timeline, length: Duration) -> list[str]:
     """What is wrong with the section for a run of `length`."""
-    end = optim.decay_length or length
-    if optim.decay == "constant" or timeline.measure(optim.warmup, "samples") < timeline.measure(end, "samples"):
-        return []
-    return [f"optim.warmup: '{optim.warmup}' is not shorter than the decay's end ('{end}'); shorten it"]
+    schedule = Schedule(timeline, length, optim.warmup, optim.decay, optim.cooldown)
+    return [f"optim.{line}" for line in schedule.problems()]
 
 
-def lr_at(optim: OptimConfig, timeline: Timeline, length: Duration, step: int) -> float:
-    """The learning rate of `step`. The schedule runs in the unit that the warm-up is written in."""
-    unit = optim.warmup.unit
-    return learning_rate(
-        timeline.clock(step + 1).read(unit),
-        peak=optim.lr,
-        warmup=float(optim.warmup.value),
-        end=timeline.measure(optim.decay_length or length, unit),
-        decay=optim.decay,
-        final_ratio=optim.final_lr_ratio,
-    )
+def lr_at(optim: OptimConfig, timeline: Timeline, length: Duration, step: int, skipped: Collection[int] = ()) -> float:
+    """The learning rate of `step`; its clock stood still in those steps before (from 0) whose update was `skipped`."""
+    schedule = Schedule(timeline, length, optim.warmup, optim.decay, optim.cooldown)
+    earlier = [number for number in skipped if number < step]
+    return optim.lr * schedule.at(timeline.clock(step + 1, skipped=earlier).read)
 
 
 def build(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:

@@ -167,7 +167,7 @@ def test_keep_deletes_all_but_the_newest(run_file) -> None:
 def test_a_changed_rate_takes_effect_at_a_resume_and_is_recorded(run_file, records) -> None:
     path = run_file(train={"length": "6 steps"})
     assert train(path) == 0
-    assert train(path, "train.length=9 steps", "optim.lr=0.5", "optim.decay=constant") == 0
+    assert train(path, "train.length=9 steps", "optim.lr=0.5", "optim.decay.kind=constant") == 0
     folder = RunFolder(read_config(path, []).run)
     assert [record["lr"] for record in records(folder.root)][6:] == [0.5] * 3
     changes = [e["changes"] for e in read_records(folder.events) if e["event"] == "resume"][-1]
