@@ -74,7 +74,7 @@ def joined(past: Sequence[Stage], planned: tuple[Stage, ...]) -> tuple[Stage, ..
     first, kept = planned[0], tuple(stage for stage in past if stage.step < planned[0].step)
     if not kept:
         return planned
-    last = kept[-1]
+    last = kept[-1]  # and where its steps have led
     reached = last.samples + (first.step - last.step) * last.batch_samples
     return kept + planned[(reached, last.batch_samples) == (first.samples, first.batch_samples) :]
 
@@ -304,19 +304,18 @@ class WSDDecay(FallingDecay):
     cycles: Count = 1
 
     def problems(self, warmup: At, end: At, unit: Unit) -> list[str]:
-        found = []
-        if (self.length is None) == (not self.share):
+        length, share = self.length, self.share or 0.0
+        if (length is None) == (share == 0.0):
             return ["length: the descent of wsd needs a length, or a share above 0 of the run; give one of them"]
-        if self.length is not None:
-            early = end(self.length.unit) - float(self.length.value) < warmup(self.length.unit)
-            if self.cycles > 1:
-                found.append("cycles: go with a share of the run; give share instead of length")
+        if length is not None and self.cycles > 1:
+            return ["cycles: go with a share of the run; give share instead of length"]
+        if length is not None:
+            early = end(length.unit) - length.value < warmup(length.unit)
         else:
-            share = self.share or 0.0
             early = (1.0 - share) * end(unit) / self.cycles < warmup(unit) or share * self.cycles > 1.0
         if early:
-            found.append("length: the descent begins before the warm-up (or the cycle before it) is over; shorten it")
-        return found if self.shape != "harmonic" or self.final_ratio else [*found, _NEVER_ZERO]
+            return ["length: the descent begins before the warm-up (or the cycle before it) is over; shorten it"]
+        return [_NEVER_ZERO] if self.shape == "harmonic" and not self.final_ratio else []
 
     def ratio(self, now: At, warmup: At, end: At, unit: Unit) -> float:
         if self.length is not None:
@@ -366,9 +365,8 @@ class Schedule:
         """
         cool, measure = self.cooldown, self.timeline.measure
         if cool is not None and (done := now(cool.length.unit) - measure(cool.start, cool.length.unit)) > 0:
-            return descend(
-                cool.shape, min(1.0, done / cool.length.value), self._planned(partial(measure, cool.start)), cool.final_ratio
-            )
+            high = self._planned(partial(measure, cool.start))
+            return descend(cool.shape, min(1.0, done / cool.length.value), high, cool.final_ratio)
         return self._planned(now)
 
     def _planned(self, now: At) -> float:

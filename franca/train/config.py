@@ -15,11 +15,10 @@ import torch
 
 import franca.models.hybrid  # noqa: F401 (with all families: they join the choice of models)
 from franca.checkpoint.sharded import CheckpointConfig
-from franca.checkpoint.store import Store, find
+from franca.checkpoint.store import find
 from franca.core.config import Count, Precision, config, load, problems_error
 from franca.core.duration import Duration, Length, RepeatableCadence
 from franca.core.errors import ConfigError
-from franca.core.run import RunFolder
 from franca.core.schedule import BatchRamp, Stage, Timeline, batch_stages, joined, listed_stages
 from franca.data.loader import DataConfig, Plan, open_plan
 from franca.models.base import ModelConfig, count_parameters
@@ -35,7 +34,7 @@ from franca.train.validation import ValidationConfig
 class TrainConfig:
     """How long, in what portions, in what precision."""
 
-    length: Length
+    length: Length  # 1 chinchilla is 20 tokens for each parameter, embeddings counted
     batch_samples: Count  # rows per step, over all ranks
     batch_ramp: BatchRamp | None = None  # up to batch_samples, or
     batch_stages: tuple[tuple[Length, Count], ...] = ()  # [start, batch_samples] one after the other; the last is batch_samples
@@ -124,8 +123,8 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
     except ValueError as error:
         raise problems_error("the run", [*problems, f"train.{error}"]) from None
     resolved = Resolved(dataclasses.replace(settings, model=model), plan, timeline)
-    if (meta := _newest_meta(settings)) is not None:
-        resolved = resolved.continued(meta)
+    with suppress(ConfigError, KeyError):  # a run that has not begun; or its checkpoint is no good, as the resume will say
+        resolved = resolved.continued(find(Path(settings.run).expanduser()).meta)
     if resolved.total_steps < 1:
         least = f"one step of {settings.train.batch_samples} samples"
         problems.append(f"train.length: '{settings.train.length}' is less than {least}")
@@ -145,11 +144,3 @@ def _stages(train: TrainConfig, scale: Timeline, step: int = 0, samples: int = 0
     if (last := train.batch_stages[-1][1]) != train.batch_samples:
         raise ValueError(f"batch_stages: ends with {last} samples, but batch_samples is {train.batch_samples}; make them equal")
     return listed_stages(train.batch_stages, scale, step, samples)
-
-
-def _newest_meta(settings: RunConfig) -> dict[str, Any] | None:
-    """Where the run stands, if it has begun: a resume is planned from there."""
-    for checkpoint in reversed(Store(RunFolder(Path(settings.run).expanduser()).checkpoints).committed()):
-        with suppress(ConfigError):  # damaged, as the resume will say
-            return checkpoint.meta if "batch_stages" in checkpoint.meta else None
-    return None
