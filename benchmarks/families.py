@@ -88,7 +88,12 @@ def _run_file(
         "model": {"dim": 256, "max_seq_len": SEQ_LEN, "tied": True, **model},
         "data": {"sources": [{"path": str(data)}], "seq_len": SEQ_LEN},
         "train": {"length": f"{steps} steps", "batch_samples": BATCH, "precision": "fp32", "log_every": "1 steps"},
-        "optim": {"lr": rate, "beta2": 0.98, "warmup": f"{steps // 10} steps", "final_lr_ratio": 0.05},
+        "optim": {
+            "lr": rate,
+            "beta2": 0.98,
+            "warmup": f"{steps // 10} steps",
+            "decay": {"kind": "cosine", "final_ratio": 0.05},
+        },
         "checkpoint": {"every": f"{steps} steps"},
     }
     path = root / f"{folder.name}.yaml"

@@ -75,6 +75,7 @@ def write_settings(folder: Path, steps: int) -> tuple[Path, Path]:
         "validation_share": VALIDATION_SHARE,
         "on_bad_document": "skip",  # empty __init__.py files
     }
+    decay = {"kind": "cosine", "final_ratio": 0.02}
     train = {
         "run": str(folder / "run"),
         "model": {
@@ -88,7 +89,7 @@ def write_settings(folder: Path, steps: int) -> tuple[Path, Path]:
         },
         "data": {"sources": [{"path": str(folder / "data")}], "seq_len": 256},
         "train": {"length": f"{steps} steps", "batch_samples": 4, "precision": "fp32"},
-        "optim": {"lr": 5e-3, "beta2": 0.98, "warmup": f"{max(1, steps // 20)} steps", "final_lr_ratio": 0.02},
+        "optim": {"lr": 5e-3, "beta2": 0.98, "warmup": f"{max(1, steps // 20)} steps", "decay": decay},
         "checkpoint": {"every": f"{max(2, steps // 4)} steps"},
     }
     data, run = folder / "data.yaml", folder / "run.yaml"

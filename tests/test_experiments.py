@@ -196,7 +196,7 @@ def write_files(folder: Path, shape: dict[str, Any]) -> tuple[Path, Path]:
         "model": {**shape, "dim": 32, "num_layers": 2, "max_seq_len": 64},
         "data": {"sources": [{"path": str(folder / "data"), "max_epochs": 20}], "seq_len": 32, "attention": "document"},
         "train": {"length": "12 steps", "batch_samples": 8, "precision": "fp32", "log_every": "1 steps"},
-        "optim": {"lr": 1e-2, "warmup": "2 steps", "decay": "constant"},
+        "optim": {"lr": 1e-2, "warmup": "2 steps", "decay": {"kind": "constant"}},
         "checkpoint": {"every": "6 steps", "keep": None},
     }
     for name, values in (("data.yaml", data), ("run.yaml", run)):

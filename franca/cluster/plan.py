@@ -11,6 +11,7 @@ import torch
 from rich.filesize import decimal
 
 from franca.core.errors import ConfigError
+from franca.core.schedule import TOKENS_PER_PARAMETER
 from franca.models.base import count_parameters
 from franca.train.config import RunConfig, read_config, resolve
 from franca.train.optim import state_bytes
@@ -35,7 +36,7 @@ def plan(settings: RunConfig, num_ranks: int) -> dict[str, Any]:
         model: Any = config.model.build()
     counts = count_parameters(model)
     clock = timeline.clock(resolved.total_steps)
-    flops_per_token = model.flops_per_token(config.data.seq_len)
+    flops_per_token = timeline.flops_per_token
     weights_bytes, states_bytes = 4 * counts["total"], state_bytes(model, config.optim)
     return {
         "params": counts,
@@ -43,8 +44,9 @@ def plan(settings: RunConfig, num_ranks: int) -> dict[str, Any]:
         "samples": clock.samples,
         "tokens": clock.tokens,
         "epochs": clock.epochs,
+        "chinchilla": clock.chinchilla,
         "batch_ramp": [{"iteration": s.step, "samples": s.samples, "batch": s.batch_samples} for s in timeline.stages],
-        "flops": {"per_token": flops_per_token, "total": flops_per_token * clock.tokens},
+        "flops": {"per_token": flops_per_token, "total": clock.flops},
         "checkpoint": {"full_bytes": weights_bytes + states_bytes, "weights_bytes": weights_bytes},
         # Parameters and gradients in fp32 and the optimizer's state, all of them sharded over the ranks.
         "memory": {"static_bytes_per_device": (2 * weights_bytes + states_bytes) // num_ranks},
@@ -59,12 +61,13 @@ def render(result: dict[str, Any], name: str, num_ranks: int) -> str:
     params, checkpoint = result["params"], result["checkpoint"]
     memory = f"{decimal(result['memory']['static_bytes_per_device'])} on each of {num_ranks} device(s), without activations"
     parts = ", ".join(f"{part} {count:,}" for part, count in params.items() if part not in ("total", "non_embedding"))
+    per_parameter = TOKENS_PER_PARAMETER * result["chinchilla"]
     rows = [
         ("parameters", f"{params['total']:,} ({params['non_embedding']:,} without embedding and head)"),
         ("", parts),
         ("steps", f"{result['steps']:,}"),
         ("samples", f"{result['samples']:,}"),
-        ("tokens", f"{result['tokens']:,} ({result['epochs']:.3g} epochs)"),
+        ("tokens", f"{result['tokens']:,} ({result['epochs']:.3g} epochs, {per_parameter:.3g} for each parameter)"),
         ("FLOPs per token", f"{result['flops']['per_token']:.4g}"),
         ("FLOPs", f"{result['flops']['total']:.4g}"),
         ("checkpoint", f"{decimal(checkpoint['full_bytes'])}, weights alone {decimal(checkpoint['weights_bytes'])}"),

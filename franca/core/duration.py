@@ -1,4 +1,4 @@
-"""Lengths and cadences in any unit of one clock: "2000 steps", "5M samples", "260B tokens", "2 epochs", "20 min".
+"""Lengths and cadences in any unit of one clock: "2000 steps", "5M samples", "260B tokens", "2 epochs", "26e18 FLOPs".
 
 A `Duration` is what a user writes; a `Clock` is where a run stands. Turning one unit into another needs the batch plan and
 lives in `schedule.Timeline`.
@@ -13,28 +13,35 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator
 from pydantic_core import core_schema
 
-Unit = Literal["steps", "samples", "tokens", "epochs", "seconds"]
+Unit = Literal["steps", "samples", "tokens", "epochs", "flops", "chinchilla", "seconds"]
 
-_PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_COUNTED: tuple[Unit, ...] = ("steps", "samples", "tokens", "epochs")
+_PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12, "p": 10**15, "e": 10**18, "z": 10**21}
+_COUNTED: tuple[Unit, ...] = ("steps", "samples", "tokens", "epochs", "flops")
 _SECONDS = {1: "s sec second seconds", 60: "min minute minutes", 3600: "h hour hours", 86400: "d day days"}
 _UNITS: dict[str, tuple[Unit, int]] = {
     **{name: (unit, 1) for unit in _COUNTED for name in (unit, unit[:-1])},
+    **{f"{prefix}flops": ("flops", factor) for prefix, factor in _PREFIXES.items()},
+    "chinchilla": ("chinchilla", 1),
     **{name: ("seconds", factor) for factor, names in _SECONDS.items() for name in names.split()},
 }
-_PATTERN = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([kKMBGT]?)\s+([a-zA-Z]+)\s*")
-_ALLOWED = "a number and a unit, for example '2000 steps', '5M samples', '260B tokens', '2 epochs', '20 min'"
+_PATTERN = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([kKMBGTPEZ]?)\s+([a-zA-Z]+)\s*")
+_ALLOWED = "a number and a unit, for example '2000 steps', '5M samples', '260B tokens', '2 epochs', '26e18 FLOPs', '20 min'"
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Where a run stands: what was consumed so far. `seconds` is wall time since this attempt began."""
+    """Where a run stands: what was consumed so far. `seconds` is wall time since this attempt began.
+
+    One `chinchilla` is 20 tokens for each parameter of the model; see `schedule.TOKENS_PER_PARAMETER`.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     epochs: float = 0.0
     seconds: float = 0.0
+    flops: float = 0.0
+    chinchilla: float = 0.0
 
     def read(self, unit: Unit) -> float:
         return float(self.step if unit == "steps" else getattr(self, unit))
@@ -81,7 +88,7 @@ def _above_zero(duration: Duration) -> Duration:
 
 def _repeatable(duration: Duration) -> Duration:
     if duration.unit == "seconds":
-        raise ValueError(f"'{duration}' is wall time; give steps, samples, tokens or epochs, which a resume repeats")
+        raise ValueError(f"'{duration}' is wall time; give steps, samples, tokens, epochs or FLOPs, which a resume repeats")
     return duration
 
 

@@ -5,8 +5,11 @@ only; this room and those above it see the whole.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,9 +20,9 @@ from franca.checkpoint.store import find
 from franca.core.config import Count, Precision, config, load, problems_error
 from franca.core.duration import Duration, Length, RepeatableCadence
 from franca.core.errors import ConfigError
-from franca.core.schedule import BatchRamp, Timeline, batch_stages
+from franca.core.schedule import BatchRamp, Stage, Timeline, batch_stages, joined, listed_stages
 from franca.data.loader import DataConfig, Plan, open_plan
-from franca.models.base import ModelConfig
+from franca.models.base import ModelConfig, count_parameters
 from franca.observe.metrics import MetricsConfig
 from franca.parallel import mesh
 from franca.parallel.mesh import ParallelConfig
@@ -34,9 +37,10 @@ from franca.train.validation import ValidationConfig
 class TrainConfig:
     """How long, in what portions, in what precision."""
 
-    length: Length  # 0 steps: the checkpoint of the initial weights, for `init_from` on any mesh
+    length: Length  # 1 chinchilla: 20 tokens per parameter, embeddings counted; 0 steps: the initial weights, for `init_from`
     batch_samples: Count  # rows per step, over all ranks
-    batch_ramp: BatchRamp | None = None
+    batch_ramp: BatchRamp | None = None  # up to batch_samples, or
+    batch_stages: tuple[tuple[Length, Count], ...] = ()  # [start, batch_samples] one after the other; the last is batch_samples
     micro_samples: Count | None = None  # rows per rank and forward pass; None: the rank's whole share
     precision: Precision = "bf16"  # of the matrix products; parameters (see optim), gradients and their sums are fp32
     loss_scale: LossScaleConfig | None = None  # of fp16; None: its defaults
@@ -69,7 +73,12 @@ class Resolved:
     config: RunConfig
     plan: Plan
     timeline: Timeline
-    total_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        """The length of the run, or of the data if that ends before."""
+        steps, end = self.timeline.steps(self.config.train.length), self.plan.order.end
+        return steps if end is None else min(steps, self.timeline.steps_for(end))
 
     @property
     def stop_samples(self) -> int:
@@ -77,6 +86,12 @@ class Resolved:
         length, end = self.config.train.length, self.plan.order.end
         samples = self.timeline.samples(length) if length.unit == "epochs" else self.timeline.samples_before(self.total_steps)
         return samples if end is None else min(samples, end)
+
+    def continued(self, meta: Mapping[str, Any]) -> "Resolved":
+        """The run from a checkpoint on, by its meta.json: what was taken stays taken, and the batch plan goes on from there."""
+        past = [Stage(*stage) for stage in meta["batch_stages"]]
+        planned = _stages(self.config.train, self.timeline, meta["step"], meta["samples"])
+        return dataclasses.replace(self, timeline=dataclasses.replace(self.timeline, stages=joined(past, planned)))
 
 
 def read_config(path: Path, words: list[str]) -> RunConfig:
@@ -102,24 +117,27 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
             find(Path(settings.init_from).expanduser())
         except ConfigError as error:
             problems.append(f"init_from: {error}")
+    if model.problems():  # without a model there are no FLOPs, and so no lengths
+        raise problems_error("the run", problems)
+    with torch.device("meta"):
+        built = model.build()
+    sizes = built.flops_per_token(settings.data.seq_len), count_parameters(built)["total"]
+    timeline = Timeline((), settings.data.seq_len, plan.order.epoch_samples, *sizes)
     try:
-        stages = batch_stages(settings.train.batch_samples, settings.train.batch_ramp)
+        timeline = dataclasses.replace(timeline, stages=_stages(settings.train, timeline))
     except ValueError as error:
         raise problems_error("the run", [*problems, f"train.{error}"]) from None
-    timeline = Timeline(stages, settings.data.seq_len, plan.order.epoch_samples)
-    total_steps = timeline.steps(settings.train.length)
-    if plan.order.end is not None:
-        total_steps = min(total_steps, timeline.steps_for(plan.order.end))
-    resolved = Resolved(dataclasses.replace(settings, model=model), plan, timeline, total_steps)
-    if resolved.total_steps < 1 and settings.train.length.value:
-        least = f"one step of {settings.train.batch_samples} samples"
-        problems.append(f"train.length: '{settings.train.length}' is less than {least}")
+    resolved = Resolved(dataclasses.replace(settings, model=model), plan, timeline)
+    with suppress(ConfigError, KeyError):  # a run that has not begun; or its checkpoint is no good, as the resume will say
+        resolved = resolved.continued(find(Path(settings.run).expanduser()).meta)
     if settings.train.length.value:
-        problems += optim.problems(settings.optim, timeline, settings.train.length)
+        if resolved.total_steps < 1:
+            least = f"one step of {settings.train.batch_samples} samples"
+            problems.append(f"train.length: '{settings.train.length}' is less than {least}")
+        problems += optim.problems(settings.optim, resolved.timeline, settings.train.length)
     problems += _precision_problems(settings)
-    if settings.optim.groups and not problems:
-        with torch.device("meta"):
-            problems += optim.group_problems(model.build(), settings.optim)
+    if settings.optim.groups:
+        problems += optim.group_problems(built, settings.optim)
     problems += plan.order.shortages(resolved.stop_samples)
     if problems:
         raise problems_error("the run", problems)
@@ -133,3 +151,14 @@ def _precision_problems(settings: RunConfig) -> list[str]:
     if settings.optim.bf16_params is not None and precision != "bf16":
         found.append(f"optim.bf16_params: parameters in bf16 are for train.precision bf16, not {precision}; leave it out")
     return found
+
+
+def _stages(train: TrainConfig, scale: Timeline, step: int = 0, samples: int = 0) -> tuple[Stage, ...]:
+    """The batch plan from (step, samples) on. Raises ValueError, of which the key is the first word."""
+    if not train.batch_stages:
+        return batch_stages(train.batch_samples, train.batch_ramp, step, samples)
+    if train.batch_ramp is not None:
+        raise ValueError("batch_stages: is given beside batch_ramp; give one of them")
+    if (last := train.batch_stages[-1][1]) != train.batch_samples:
+        raise ValueError(f"batch_stages: ends with {last} samples, but batch_samples is {train.batch_samples}; make them equal")
+    return listed_stages(train.batch_stages, scale, step, samples)

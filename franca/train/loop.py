@@ -3,6 +3,7 @@
 There are no callbacks: what happens, and in which order, is what stands here.
 """
 
+import dataclasses
 import math
 import random
 import sys
@@ -317,6 +318,7 @@ def save(run: Run) -> None:
     facts = {
         "samples": samples,
         "tokens": clock.tokens,
+        "batch_stages": [dataclasses.astuple(s) for s in run.resolved.timeline.stages if s.step < run.step],
         "attempt": run.attempt,
         "plan": plan.order.fingerprint(samples),
         "skipped": run.skipped,
@@ -350,6 +352,9 @@ def resume(run: Run) -> None:
         sharded.load(checkpoint, state(run), run.world.size)
         run.step = run.saved_step = run.checked = checkpoint.step
         run.skipped = list(checkpoint.meta.get("skipped", ()))
+        run.resolved = run.resolved.continued(checkpoint.meta)  # its batches may have been others
+        run.loader.timeline, run.loader.stop = run.resolved.timeline, run.resolved.stop_samples
+        run.metrics.total_steps = run.resolved.total_steps
     elif run.config.init_from is not None:
         weights = {name: tensor for name, tensor in state(run).items() if name.startswith("model.")}
         sharded.load(find(Path(run.config.init_from).expanduser(), whole=True), weights, run.world.size)
@@ -376,12 +381,6 @@ def refuse_other_data(run: Run, checkpoint: Checkpoint) -> None:
         raise ConfigError(
             f"{checkpoint.path}: its data plan is another one ({shown}): samples would be repeated or lost. "
             "Restore the data section, or start a new run folder with init_from."
-        )
-    samples = min(run.resolved.timeline.samples_before(checkpoint.step), run.resolved.stop_samples)
-    if meta["samples"] != samples:
-        raise ConfigError(
-            f"{checkpoint.path}: had seen {meta['samples']} samples at step {checkpoint.step}; with this batch plan it is "
-            f"{samples}. Restore train.batch_samples and train.batch_ramp, or start a new run folder with init_from."
         )
 
 

@@ -5,6 +5,7 @@ The rules stand in `train.adamw` and `train.muon`, how numbers are written in `t
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -13,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from franca.core.config import BelowOne, Choice, NotNegative, Positive, Share, config
+from franca.core.config import BelowOne, Choice, NotNegative, Positive, config
 from franca.core.duration import Duration, Length
-from franca.core.schedule import Decay, Timeline, learning_rate
+from franca.core.schedule import Cooldown, CosineDecay, Decay, Schedule, Timeline
 from franca.train.update import Part, Rule, Writer, local, value
 
 
@@ -41,9 +42,8 @@ class OptimConfig(Choice):
     weight_decay: NotNegative = 0.1  # of matrices and embeddings; gains and biases have none
     clip_norm: NotNegative = 1.0  # of the global gradient; 0: no clipping
     warmup: Length = Duration(100, "steps")
-    decay: Decay = "cosine"
-    decay_length: Length | None = None  # from the start, warm-up included; None: the length of the run
-    final_lr_ratio: Share = 0.1  # of the peak, at the end of the decay
+    decay: Decay = CosineDecay()
+    cooldown: Cooldown | None = None  # may be added at a resume: it begins now, or whenever you say
     groups: tuple[GroupRule, ...] = ()
     moments: Literal["fp32", "bf16"] = "fp32"  # bf16: rounded stochastically
     bf16_params: Literal["stochastic", "kahan"] | None = None  # parameters in bf16, with or without a residue; None: fp32
@@ -61,24 +61,15 @@ class OptimConfig(Choice):
 
 def problems(optim: OptimConfig, timeline: Timeline, length: Duration) -> list[str]:
     """What is wrong with the section for a run of `length`."""
-    end = optim.decay_length or length
-    if optim.decay == "constant" or timeline.measure(optim.warmup, "samples") < timeline.measure(end, "samples"):
-        return []
-    return [f"optim.warmup: '{optim.warmup}' is not shorter than the decay's end ('{end}'); shorten it"]
+    schedule = Schedule(timeline, length, optim.warmup, optim.decay, optim.cooldown)
+    return [f"optim.{line}" for line in schedule.problems()]
 
 
-def lr_at(optim: OptimConfig, timeline: Timeline, length: Duration, step: int, skipped: tuple[int, ...] = ()) -> float:
-    """The learning rate of `step`. Schedules run in the unit that the warm-up is written in; `skipped` steps do not count."""
-    unit = optim.warmup.unit
-    missed = sum(timeline.clock(s + 1).read(unit) - timeline.clock(s).read(unit) for s in skipped)
-    return learning_rate(
-        timeline.clock(step + 1).read(unit) - missed,
-        peak=optim.lr,
-        warmup=float(optim.warmup.value),
-        end=timeline.measure(optim.decay_length or length, unit),
-        decay=optim.decay,
-        final_ratio=optim.final_lr_ratio,
-    )
+def lr_at(optim: OptimConfig, timeline: Timeline, length: Duration, step: int, skipped: Collection[int] = ()) -> float:
+    """The learning rate of `step`; its clock stood still in those steps before (from 0) whose update was `skipped`."""
+    schedule = Schedule(timeline, length, optim.warmup, optim.decay, optim.cooldown)
+    earlier = [number for number in skipped if number < step]
+    return optim.lr * schedule.at(timeline.clock(step + 1, skipped=earlier).read)
 
 
 class Group(NamedTuple):

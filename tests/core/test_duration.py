@@ -27,6 +27,13 @@ PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
         ("10_000 steps", 10_000, "steps"),
         ("2 epochs", 2, "epochs"),
         ("0.5 epoch", 0.5, "epochs"),
+        ("26.2e18 FLOPs", 26_200 * 10**15, "flops"),
+        ("26.2E FLOPs", 26_200 * 10**15, "flops"),
+        ("26.2 EFLOPs", 26_200 * 10**15, "flops"),
+        ("3 ZFLOPs", 3 * 10**21, "flops"),
+        ("1.5P flop", 1500 * 10**12, "flops"),
+        ("1 chinchilla", 1, "chinchilla"),
+        ("0.25 Chinchilla", 0.25, "chinchilla"),
         ("20 min", 1200, "seconds"),
         ("1.5 h", 5400, "seconds"),
         ("2 days", 172_800, "seconds"),
@@ -65,7 +72,10 @@ def test_parts_of_a_step_sample_or_token_are_refused(text):
         Duration.parse(text)
 
 
-@pytest.mark.parametrize("text", ["2000 steps", "5M samples", "0.3 epochs", "0.00001 epochs", "1e17 tokens", "20 min"])
+@pytest.mark.parametrize(
+    "text",
+    ["2000 steps", "5M samples", "0.3 epochs", "0.00001 epochs", "1e17 tokens", "26.2e18 FLOPs", "0.3 chinchilla", "20 min"],
+)
 def test_a_duration_is_itself_again_after_printing(text):
     duration = Duration.parse(text)
     assert Duration.parse(str(duration)) == duration

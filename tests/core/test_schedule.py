@@ -1,14 +1,14 @@
 """Megatron-LM's golden numbers, and closed formulas against naive loops."""
 
 import itertools
-import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from franca.core.duration import Clock, Duration
-from franca.core.schedule import BatchRamp, Stage, Timeline, batch_stages, learning_rate
+from franca.core.schedule import BatchRamp, Stage, Timeline, batch_stages, joined, listed_stages
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
 TR1 = batch_stages(1024, BatchRamp(start=16, increment=16, over=Duration.parse("5M samples")))
@@ -36,6 +36,12 @@ def test_the_stages_of_tr1_are_megatrons():
     stages = {stage.batch_samples: (stage.step, stage.samples) for stage in TR1}
     assert list(stages) == list(range(16, 1025, 16))
     assert {batch: stages[batch] for batch in golden} == golden
+
+
+def test_the_warmup_of_tr1_ends_at_megatrons_iteration():
+    """216,320 samples: its seed document says 2,000 steps, an older ramp's number."""
+    assert tr1_timeline().steps_for(216_320) == 8641
+    assert tr1_timeline().batch_samples(8640) == 48
 
 
 @pytest.mark.parametrize(("step", "samples"), [(29_020, 10_698_064), (168_000, 153_013_584), (23_456, 5_000_528), (0, 0)])
@@ -109,7 +115,7 @@ def test_a_duration_in_samples(text, samples):
 
 def test_wall_time_is_no_number_of_samples():
     with pytest.raises(
-        ValueError, match=r"'1200 seconds' is wall time; a length in steps, samples, tokens or epochs is needed"
+        ValueError, match=r"'1200 seconds' is wall time; a length in steps, samples, tokens, epochs or FLOPs is needed"
     ):
         Timeline((Stage(0, 0, 10),), 8, 100).samples(Duration.parse("20 min"))
 
@@ -121,43 +127,107 @@ def test_a_duration_is_measured_in_every_unit():
     assert timeline.measure(Duration(55, "samples"), "samples") == 55.0  # its own unit is not rounded to batches
 
 
-def rate(position, decay="cosine", warmup=100.0, end=1000.0, final_ratio=0.1):
-    return learning_rate(position, peak=3e-4, warmup=warmup, end=end, decay=decay, final_ratio=final_ratio)
+def test_between_batches_steps_are_measured_in_parts():
+    timeline = Timeline((Stage(0, 0, 10), Stage(3, 30, 20)), 8, 100)
+    found = [timeline.measure(Duration(samples, "samples"), "steps") for samples in (0, 25, 30, 35, 90)]
+    assert found == [0.0, 2.5, 3.0, 3.25, 6.0]
+    assert timeline.measure(Duration(0.9, "epochs"), "steps") == 6.0
 
 
-@pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
-def test_the_rate_rises_to_its_peak_and_never_again(decay):
-    rising, falling = [rate(p, decay) for p in range(101)], [rate(p, decay) for p in range(100, 1101)]
-    assert (rising[0], rising[50], rising[100]) == (0.0, 1.5e-4, 3e-4)
-    assert all(before < after for before, after in itertools.pairwise(rising))
-    assert all(before >= after for before, after in itertools.pairwise(falling))
+def test_flops_and_chinchillas_follow_from_the_model():
+    timeline = Timeline((Stage(0, 0, 10),), 8, 100, flops_per_token=1e6, num_params=400)
+    assert timeline.clock(25) == Clock(25, 250, 2000, 2.5, 0.0, 2e9, 0.25)
+    for text, steps in (
+        ("1 chinchilla", 100),
+        ("0.255 chinchilla", 25),
+        ("8e9 FLOPs", 100),
+        ("8 GFLOPs", 100),
+        ("2.07 GFLOPs", 25),
+    ):
+        assert timeline.steps(Duration.parse(text)) == steps, text
+    assert timeline.measure(Duration.parse("8e9 FLOPs"), "chinchilla") == 1.0
+    assert timeline.measure(Duration.parse("1 chinchilla"), "flops") == 8e9
+    assert timeline.measure(Duration.parse("50 steps"), "chinchilla") == 0.5
 
 
-@pytest.mark.parametrize(("decay", "final"), [("cosine", 3e-5), ("linear", 3e-5), ("constant", 3e-4)])
-def test_the_rate_ends_at_its_final_value_and_stays_there(decay, final):
-    assert [rate(p, decay) for p in (1000, 1001, 10**9)] == pytest.approx([final] * 3, rel=1e-12)
+def test_skipped_steps_are_left_out_of_the_clock():
+    timeline = Timeline((Stage(0, 0, 10), Stage(3, 30, 20)), 8, 100, 1e6, 400)
+    assert timeline.clock(5, skipped=(1, 3, 4)) == Clock(2, 20, 160, 0.2, 0.0, 1.6e8, 0.02)
+
+
+def naive_list(listed, reached):
+    """Batch after batch: the last stage whose start is reached before the step."""
+    step = samples = 0
+    while True:
+        size = [batch for start, batch in listed if reached(start, step, samples)][-1]
+        yield samples, size
+        step, samples = step + 1, samples + size
 
 
 @PROPERTY
-@given(position=st.floats(0, 3000), warmup=st.floats(0, 500), final_ratio=st.floats(0, 1))
-def test_the_rate_agrees_with_the_formulas(position, warmup, final_ratio):
-    progress = min(1.0, max(0.0, (position - warmup) / (1000.0 - warmup)))
-    low = 3e-4 * final_ratio
-    rise = min(1.0, position / warmup) if warmup else 1.0
-    cosine = low + (3e-4 - low) * (1 + math.cos(math.pi * progress)) / 2
-    linear = 3e-4 + (low - 3e-4) * progress
-    for decay, expected in (("cosine", cosine), ("linear", linear), ("constant", 3e-4)):
-        expected = 3e-4 * rise if position < warmup else expected
-        assert rate(position, decay, warmup, 1000.0, final_ratio) == pytest.approx(expected, rel=1e-9, abs=1e-18)
+@given(
+    waits=st.lists(st.integers(60, 200), max_size=4),
+    batches=st.lists(st.integers(1, 60), min_size=5, max_size=5),
+    unit=st.sampled_from(["steps", "samples", "tokens", "epochs", "flops"]),
+)
+def test_a_list_of_stages_agrees_with_a_naive_loop(waits, batches, unit):
+    scale = Timeline((), 8, 100, flops_per_token=3.0)
+    per = {"steps": 1, "samples": 1, "tokens": 8, "epochs": 0.01, "flops": 24.0}[unit]
+    starts = [0, *itertools.accumulate(waits)]
+    listed = [(Duration(start * per, unit), batch) for start, batch in zip(starts, batches, strict=False)]
+    timeline = replace(scale, stages=listed_stages(listed, scale))
+
+    def reached(start, step, samples):
+        return (step if unit == "steps" else samples) >= round(start.value / per)
+
+    for step, (samples, size) in zip(range(300), naive_list(listed, reached), strict=False):
+        assert (timeline.samples_before(step), timeline.batch_samples(step)) == (samples, size)
 
 
-def test_half_way_down_both_decays_are_half_way():
-    middle = (3e-4 + 3e-5) / 2
-    assert rate(550, "cosine") == pytest.approx(middle, rel=1e-12)
-    assert rate(550, "linear") == pytest.approx(middle, rel=1e-12)
-    assert rate(325, "cosine") == pytest.approx(3e-5 + 2.7e-4 * (1 + math.sqrt(0.5)) / 2, rel=1e-12)
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ([("5 steps", 8)], "begins at '5 steps'; the first stage must begin at '0 steps'"),
+        ([("0 steps", 8), ("7 steps", 4), ("7 steps", 6)], "'7 steps' does not begin after the one before it has taken a step"),
+        ([("0 steps", 8), ("9 samples", 4), ("15 samples", 6)], "the stage at '15 samples' does not begin after"),
+        ([("0 samples", 8), ("9 steps", 4), ("40 samples", 6)], "the stage at '40 samples' does not begin after"),
+    ],
+)
+def test_a_stage_that_would_never_be_is_refused(listed, message):
+    with pytest.raises(ValueError, match=message):
+        listed_stages([(Duration.parse(start), batch) for start, batch in listed], Timeline((), 8, 100))
 
 
-def test_without_warmup_the_first_rate_is_the_peak_and_a_warmup_as_long_as_the_run_ends_at_the_final_rate():
-    assert rate(0.0, warmup=0.0) == 3e-4
-    assert rate(1000.0, warmup=1000.0) == pytest.approx(3e-5)
+PLANS = {
+    "fixed": lambda step, samples: batch_stages(24, None, step, samples),
+    "ramp": lambda step, samples: batch_stages(
+        40, BatchRamp(start=8, increment=4, over=Duration(700, "samples")), step, samples
+    ),
+    "listed": lambda step, samples: listed_stages(LISTED, Timeline((), 8, 100), step, samples),
+}
+LISTED = [(Duration(0, "samples"), 6), (Duration(800, "tokens"), 10), (Duration(30, "steps"), 33)]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_continued_at_any_step_is_the_plan(name):
+    plan = PLANS[name]
+    whole = Timeline(plan(0, 0), 8, 100)
+    for step in range(60):
+        past = [stage for stage in whole.stages if stage.step < step]
+        assert joined(past, plan(step, whole.samples_before(step))) == whole.stages
+
+
+@PROPERTY
+@given(changes=st.lists(st.tuples(st.sampled_from(sorted(PLANS)), st.integers(1, 25)), min_size=1, max_size=5))
+def test_batch_plans_that_follow_each_other_lose_and_repeat_no_sample(changes):
+    stages, step, samples, ledger = (), 0, 0, []
+    for name, steps in changes:
+        past = [stage for stage in stages if stage.step < step]  # what a checkpoint keeps
+        stages = joined(past, PLANS[name](step, samples))
+        timeline = Timeline(stages, 8, 100)
+        for number in range(step, step + steps):
+            first = timeline.samples_before(number)
+            ledger += range(first, first + timeline.batch_samples(number))
+        step, samples = step + steps, timeline.samples_before(step + steps)
+        assert ledger == list(range(samples))
+        assert all(timeline.samples_before(timeline.steps_for(count)) >= count for count in range(samples))

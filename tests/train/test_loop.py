@@ -181,7 +181,7 @@ def test_keep_deletes_all_but_the_newest(run_file) -> None:
 def test_a_changed_rate_takes_effect_at_a_resume_and_is_recorded(run_file, records) -> None:
     path = run_file(train={"length": "6 steps"})
     assert train(path) == 0
-    assert train(path, "train.length=9 steps", "optim.lr=0.5", "optim.decay=constant") == 0
+    assert train(path, "train.length=9 steps", "optim.lr=0.5", "optim.decay.kind=constant") == 0
     folder = RunFolder(read_config(path, []).run)
     assert [record["lr"] for record in records(folder.root)][6:] == [0.5] * 3
     changes = [e["changes"] for e in read_records(folder.events) if e["event"] == "resume"][-1]
@@ -287,11 +287,16 @@ def test_a_run_with_nothing_but_damaged_checkpoints_does_not_begin_again(run_fil
     assert [checkpoint.step for checkpoint in Store(folder.checkpoints).committed()] == [10]
 
 
-def test_a_finished_epoch_cannot_be_stretched_into_a_loss_of_samples(run_file, dataset: Path) -> None:
-    path = run_file(train={"length": "1 epochs", "batch_samples": 512}, optim={"warmup": "1 steps"}, data={"seq_len": 64})
+def test_a_finished_epoch_may_be_followed_by_more_without_a_loss_of_samples(run_file, dataset: Path) -> None:
+    keys = {"length": "1 epochs", "batch_samples": 512}
+    path = run_file(train=keys, optim={"warmup": "1 steps"}, data={"seq_len": 64}, checkpoint={"every": "99 steps"})
     assert train(path) == 0
-    with pytest.raises(ConfigError, match="had seen"):
-        train(path, "train.length=1.5 epochs", f"data.sources=[{{path: {dataset}, max_epochs: 2}}]")
+    words = ["train.length=1.5 epochs", f"data.sources=[{{path: {dataset}, max_epochs: 2}}]"]
+    assert train(path, *words) == 0
+    first, second = Store(Path(read_config(path, []).run) / "checkpoints").committed()
+    rows = resolve(read_config(path, []), 1).plan.order.epoch_samples
+    assert (first.meta["samples"], second.meta["samples"]) == (rows, math.ceil(1.5 * rows))
+    assert second.step - first.step == math.ceil((second.meta["samples"] - rows) / 512), "it began with the next row"
 
 
 def test_a_folder_that_was_moved_goes_on_where_it_is(run_file, tmp_path: Path) -> None:
