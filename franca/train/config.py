@@ -8,6 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import franca.models.hybrid  # noqa: F401 (with all families: they join the choice of models)
 from franca.checkpoint.sharded import CheckpointConfig
 from franca.checkpoint.store import find
@@ -18,7 +20,8 @@ from franca.core.schedule import BatchRamp, Timeline, batch_stages
 from franca.data.loader import DataConfig, Plan, open_plan
 from franca.models.base import ModelConfig
 from franca.observe.metrics import MetricsConfig
-from franca.parallel import mesh
+from franca.parallel import float8, mesh
+from franca.parallel.float8 import Float8Config
 from franca.parallel.mesh import ParallelConfig
 from franca.train import optim
 from franca.train.optim import OptimConfig
@@ -34,6 +37,7 @@ class TrainConfig:
     batch_ramp: BatchRamp | None = None
     micro_samples: Count | None = None  # rows per rank and forward pass; None: the rank's whole share
     precision: Precision = "bf16"  # of the matrix products; parameters, gradients and moments are fp32
+    float8: Float8Config | None = None  # products of the blocks in 8 bits; here, since it changes what is computed
     log_every: RepeatableCadence = Duration(10, "steps")
     deterministic: bool = False  # the same bits every time on the same ranks and devices; slower on GPUs
 
@@ -91,6 +95,10 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
     if model.max_seq_len < settings.data.seq_len:
         problems.append(f"data.seq_len: is {settings.data.seq_len}, longer than model.max_seq_len {model.max_seq_len}")
     problems += [*model.problems(), *mesh.problems(settings.parallel, num_ranks, model, settings.data.seq_len)]
+    if settings.train.float8 is not None and not problems:
+        with torch.device("meta"):
+            built = model.build()
+        problems += float8.problems(settings.train.float8, settings.train.precision, settings.data.seq_len, built)
     if settings.init_from is not None:
         try:
             find(Path(settings.init_from).expanduser())

@@ -141,8 +141,8 @@ def build(resolved: Resolved, here: World, faults: Faults, folder: RunFolder, at
     settings, plan = resolved.config, resolved.plan
     with torch.device("meta"):
         model = settings.model.build()
-    place = mesh.make(settings.parallel, here.size, here.rank, here.device)
-    parallelize(model, place, settings.parallel, settings.train.precision, here.device, settings.seed)
+    place, train = mesh.make(settings.parallel, here.size, here.rank, here.device), settings.train
+    parallelize(model, place, settings.parallel, train.precision, here.device, settings.seed, train.float8)
     optimizer = optim.build(model, settings.optim)
     loader = Loader(plan.order, plan.shards, resolved.timeline, resolved.stop_samples, settings.data.attention)
     run = Run(resolved, here, place, faults, folder, attempt, metrics, model, optimizer, loader)
