@@ -48,7 +48,7 @@ def problems(float8: Float8Config, precision: str, seq_len: int, model: nn.Modul
     """What keeps `train.float8` from running with a model (on any device, meta too), one line each."""
     found = []
     if importlib.util.find_spec("torchao") is None:
-        found.append("train.float8: needs torchao, which is not installed; pip install 'franca[float8]'")
+        found.append("train.float8: needs torchao, which is not installed; run: pip install 'franca[float8]'")
     if precision != "bf16" and not float8.emulate:
         found.append(f"train.float8: takes activations in bf16, but train.precision is {precision}; use bf16")
     if seq_len % 16 and not float8.emulate and float8.recipe != "rowwise_with_gw_hp":

@@ -161,9 +161,7 @@ def keep_compiled(folder: str) -> None:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = home.lstat()
         if folder == "auto" and (home.is_symlink() or facts.st_uid != os.getuid() or facts.st_mode & 0o022):
-            raise ConfigError(
-                f"{home}: others may write there, and what it holds is run. Set parallel.compile_cache"
-            )
+            raise ConfigError(f"{home}: others may write there, and what it holds is run. Set parallel.compile_cache")
         (home / key).mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{home}: cannot keep what is compiled ({error.strerror}); set parallel.compile_cache") from None

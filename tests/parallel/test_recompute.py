@@ -67,8 +67,8 @@ def build(shape: Any, recompute: dict[str, Any], compiled: bool = False) -> Any:
     with torch.device("meta"):
         model = shape.build()
     parallel = check(ParallelConfig, {"recompute": recompute, "compile": compiled}, "test")
-    assert mesh.problems(parallel, 1) == []
-    parallelize(model, None, parallel, "fp32", CPU, seed=1)
+    assert mesh.problems(parallel, 1, shape, 64) == []
+    parallelize(model, mesh.ALONE, parallel, "fp32", CPU, seed=1)
     return model
 
 
