@@ -187,7 +187,9 @@ def attention(
     fast = product_dtype(q_BHTE)
     q, k, v = q_BHTE.to(fast), k_BKSE.to(fast), v_BKSE.to(fast)
     causal = causal or (mask is not None and q.shape[2] == k.shape[2])
-    if causal and q.is_cpu and q.requires_grad and not dropout and q.shape[2] <= _BlockedAttention.longest:
+    by_blocks = not torch.compiler.is_compiling()  # traced, its loop would be unrolled: slow to compile, no faster
+    by_blocks = by_blocks and causal and q.is_cpu and q.requires_grad and not dropout
+    if by_blocks and q.shape[2] <= _BlockedAttention.longest:
         out = _blocked_attention(q, k, v, mask)
     else:
         out = F.scaled_dot_product_attention(
@@ -196,7 +198,6 @@ def attention(
     return out.to(q_BHTE.dtype)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, its loop would be unrolled: slow to compile, no faster
 def _blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     if groups > 1:

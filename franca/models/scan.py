@@ -250,12 +250,12 @@ def _ssd_chunks(
     return y.transpose(2, 3).reshape(rows, -1, heads, width)[:, :length], after[:, -1].reshape(rows, heads, width, size)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch._disable_dynamo
 @cache
 def _ssd_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Pair] | None:
     """mamba_ssm's kernel, if it agrees on this device with `_ssd_chunks`, in values and gradients, up to rounding to bf16."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo
     def kernel(x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, starts: Tensor | None, state: Tensor | None) -> Pair:
         document = None if starts is None else starts.cumsum(1, dtype=torch.int32)
         return function(x, dt, A, b, c, 256, initial_states=state, seq_idx=document, return_final_states=True)

@@ -1,4 +1,7 @@
-"""Single-device model code onto many devices: one function, one order: TP and CP -> compile -> FSDP2 -> memory -> weights."""
+"""Single-device model code onto many devices: one function, one order.
+
+float8 -> TP and CP -> recomputation -> compile per block -> FSDP2 -> memory -> weights.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -7,6 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from franca.core.config import Precision
 from franca.models.base import Model, owners
+from franca.parallel import float8 as eight_bits
+from franca.parallel import world
+from franca.parallel.float8 import Float8Config
 from franca.parallel.mesh import Mesh, ParallelConfig
 from franca.parallel.tensor import Spread, split_layers
 
@@ -14,7 +20,13 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 def parallelize(
-    model: nn.Module, mesh: Mesh, parallel: ParallelConfig, precision: Precision, device: torch.device, seed: int
+    model: nn.Module,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    precision: Precision,
+    device: torch.device,
+    seed: int,
+    float8: Float8Config | None = None,
 ) -> None:
     """Lay a model, built on the meta device, onto its devices, in place, with its initial weights.
 
@@ -23,11 +35,16 @@ def parallelize(
     """
     contract: Model = model  # type: ignore[assignment]
     contract.compute_dtype = dtype = DTYPES[precision]
+    if parallel.compile:
+        world.keep_compiled(parallel.compile_cache)
+    if float8 is not None:
+        eight_bits.convert(model, float8, device)
     tp, cp, fsdp = mesh.axis("tp"), mesh.group("cp"), mesh.fsdp
     if tp is not None:
         split_layers(model, contract.config.tp_plan(), tp)
     if cp is not None:
         contract.spread = Spread(cp)
+    parallel.recompute.apply(contract.layers)
     if parallel.compile:
         for layer in contract.layers:
             layer.compile()

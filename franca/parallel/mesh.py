@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from franca.core.config import Count, Positive, config
+from franca.parallel.recompute import RecomputeBlocks, RecomputeConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -27,7 +28,9 @@ class ParallelConfig:
     cp: Count = 1  # ranks that share each row (context parallelism)
     tp: Count = 1  # ranks that share each layer and, between layers, each row (tensor and sequence parallelism)
     reshard_after_forward: bool = True  # False: keep whole layers between forward and backward; faster, more memory
+    recompute: RecomputeConfig = RecomputeBlocks()  # what the backward pass computes again, to save memory
     compile: bool = False  # torch.compile of every block
+    compile_cache: str = "auto"  # the folder of what was compiled, "none", or "auto": see `world.keep_compiled`
     # How long a collective of the GPUs may take before the run fails, and NCCL's flight recorder tells where each rank stood.
     first_timeout_s: Positive = 1800.0  # up to the end of an attempt's first step: ranks compile at different speeds
     timeout_s: Positive = 300.0  # after it; saves and slow disks are waited for on the host, not here
@@ -102,11 +105,14 @@ def sizes_of(parallel: ParallelConfig, num_ranks: int) -> dict[str, int]:
 
 def problems(parallel: ParallelConfig, num_ranks: int, model: Any, seq_len: int) -> list[str]:
     """What keeps a model (a `ModelConfig`) with rows of `seq_len` tokens from running on `num_ranks` ranks."""
+    found = parallel.recompute.problems(parallel.compile)
+    if parallel.compile_cache != "auto" and not parallel.compile:
+        found.append(f"parallel.compile_cache: is {parallel.compile_cache!r}, but nothing is compiled; set parallel.compile")
     try:
         sizes = sizes_of(parallel, num_ranks)
     except ValueError as error:
-        return [str(error)]
-    tp, cp, found = sizes["tp"], sizes["cp"], list[str]()
+        return [*found, str(error)]
+    tp, cp = sizes["tp"], sizes["cp"]
     if tp > 1:
         widths = model.tp_widths()
         if not widths:

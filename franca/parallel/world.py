@@ -6,6 +6,7 @@ One process needs no launcher and no process group. Several are started by `fran
 import os
 import platform
 import socket
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.compiler.config
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -136,6 +138,34 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def keep_compiled(folder: str) -> None:
+    """Say where torch.compile keeps its work, before its first: the next start of a job, and all ranks of a machine, find it.
+
+    "none": nowhere. "auto": where TORCHINDUCTOR_CACHE_DIR says, else in a folder of this user alone under XDG_CACHE_HOME or the
+    temporary folder: homes are on slow networks, and what others could write must not be run. PyTorch finds work by a hash of
+    the code, its own version and settings, and the GPU; here PyTorch, Python and the CPU's instructions part the folders.
+    """
+    if folder == "none":
+        torch.compiler.config.force_disable_caches = True
+        return
+    if folder == "auto" and os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return
+    home = Path(folder).expanduser()
+    if folder == "auto":
+        chosen = os.environ.get("XDG_CACHE_HOME")
+        home = Path(chosen, "franca") if chosen else Path(tempfile.gettempdir(), f"franca-{os.getuid()}")
+    key = f"torch-{torch.__version__}-python-{platform.python_version()}-{torch.backends.cpu.get_cpu_capability()}"
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = home.lstat()
+        if folder == "auto" and (home.is_symlink() or facts.st_uid != os.getuid() or facts.st_mode & 0o022):
+            raise ConfigError(f"{home}: others may write there, and what it holds is run. Set parallel.compile_cache")
+        (home / key).mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{home}: cannot keep what is compiled ({error.strerror}); set parallel.compile_cache") from None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home.absolute() / key)
 
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:

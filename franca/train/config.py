@@ -24,7 +24,8 @@ from franca.core.schedule import BatchRamp, Stage, Timeline, batch_stages, joine
 from franca.data.loader import DataConfig, Plan, open_plan
 from franca.models.base import ModelConfig, count_parameters
 from franca.observe.metrics import MetricsConfig
-from franca.parallel import mesh
+from franca.parallel import float8, mesh
+from franca.parallel.float8 import Float8Config
 from franca.parallel.mesh import ParallelConfig
 from franca.train import optim
 from franca.train.adamw import AdamWConfig
@@ -44,6 +45,7 @@ class TrainConfig:
     micro_samples: Count | None = None  # rows per rank and forward pass; None: the rank's whole share
     precision: Precision = "bf16"  # of the matrix products; parameters (see optim), gradients and their sums are fp32
     loss_scale: LossScaleConfig | None = None  # of fp16; None: its defaults
+    float8: Float8Config | None = None  # products of the blocks in 8 bits; here, since it changes what is computed
     log_every: RepeatableCadence = Duration(10, "steps")
     deterministic: bool = False  # the same bits every time on the same ranks and devices; slower on GPUs
 
@@ -112,6 +114,10 @@ def resolve(settings: RunConfig, num_ranks: int) -> Resolved:
     if model.max_seq_len < settings.data.seq_len:
         problems.append(f"data.seq_len: is {settings.data.seq_len}, longer than model.max_seq_len {model.max_seq_len}")
     problems += [*model.problems(), *mesh.problems(settings.parallel, num_ranks, model, settings.data.seq_len)]
+    if settings.train.float8 is not None and not problems:
+        with torch.device("meta"):
+            built = model.build()
+        problems += float8.problems(settings.train.float8, settings.train.precision, settings.data.seq_len, built)
     if settings.init_from is not None:
         try:
             find(Path(settings.init_from).expanduser())

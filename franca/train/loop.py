@@ -161,11 +161,10 @@ def build(resolved: Resolved, here: World, faults: Faults, folder: RunFolder, at
     if settings.optim.bf16_params is not None:  # buffers stay as exact as they are
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-    place = mesh.make(settings.parallel, here.size, here.rank, here.device)
-    parallelize(model, place, settings.parallel, settings.train.precision, here.device, settings.seed)
-    optimizer = Optimizer(model, settings.optim, settings.seed, DTYPES[settings.train.precision])
-    fp16 = settings.train.precision == "fp16"
-    loss_scale = LossScale(settings.train.loss_scale or LossScaleConfig(), here.device) if fp16 else None
+    place, train = mesh.make(settings.parallel, here.size, here.rank, here.device), settings.train
+    parallelize(model, place, settings.parallel, train.precision, here.device, settings.seed, train.float8)
+    optimizer = Optimizer(model, settings.optim, settings.seed, DTYPES[train.precision])
+    loss_scale = LossScale(train.loss_scale or LossScaleConfig(), here.device) if train.precision == "fp16" else None
     loader = Loader(plan.order, plan.shards, resolved.timeline, resolved.stop_samples, settings.data.attention)
     run = Run(resolved, here, place, faults, folder, attempt, metrics, model, optimizer, loss_scale, loader)
     resume(run)
