@@ -116,7 +116,7 @@ def _empty(shape: ModelConfig, dtype: torch.dtype) -> Any:
         if name.endswith((".weight", ".bias")):
             parameter.data = parameter.data.to(dtype)
     model.to_empty(device="cpu")
-    for module in owners(model):
+    for _, module in owners(model):
         if not module._parameters:
             module.reset()
     return model

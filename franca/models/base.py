@@ -145,9 +145,9 @@ class ModelConfig(Choice):
         return {}
 
 
-def owners(model: nn.Module) -> Iterator[Any]:
-    """Every module that itself holds parameters or buffers, and so has `reset(generator)`: in the one order of random draws."""
-    return (module for module in model.modules() if module._parameters or module._buffers)
+def owners(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every module that itself holds parameters or buffers, and so has `reset(generator)`, with its name."""
+    return ((name, module) for name, module in model.named_modules() if module._parameters or module._buffers)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from franca.core.config import Count, Positive, config
 from franca.models.base import IGNORE, Context
@@ -288,7 +289,7 @@ class VocabShard(NamedTuple):
     total: Callable[[Tensor], Tensor]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, its loop would be unrolled
+@_disable_dynamo  # traced, its loop would be unrolled
 def cross_entropy_sum(
     x_BTD: Tensor,
     head_VD: Tensor,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from franca.models.layers import product_dtype
 
@@ -250,12 +251,12 @@ def _ssd_chunks(
     return y.transpose(2, 3).reshape(rows, -1, heads, width)[:, :length], after[:, -1].reshape(rows, heads, width, size)
 
 
-@torch._disable_dynamo
+@_disable_dynamo
 @cache
 def _ssd_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Pair] | None:
     """mamba_ssm's kernel, if it agrees on this device with `_ssd_chunks`, in values and gradients, up to rounding to bf16."""
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def kernel(x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, starts: Tensor | None, state: Tensor | None) -> Pair:
         document = None if starts is None else starts.cumsum(1, dtype=torch.int32)
         return function(x, dt, A, b, c, 256, initial_states=state, seq_idx=document, return_final_states=True)

@@ -3,6 +3,10 @@
 float8 -> TP and CP -> recomputation -> compile per block -> FSDP2 -> memory -> weights.
 """
 
+import random
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -14,9 +18,36 @@ from franca.parallel import float8 as eight_bits
 from franca.parallel import world
 from franca.parallel.float8 import Float8Config
 from franca.parallel.mesh import Mesh, ParallelConfig
+from franca.parallel.pipeline import Pipeline, cut, split
 from franca.parallel.tensor import Spread, split_layers
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build(
+    make: Callable[[], nn.Module],
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    precision: Precision,
+    device: torch.device,
+    seed: int,
+    float8: Float8Config | None,
+    seq_len: int,
+) -> nn.Module:
+    """What `make` gives, a model on the meta device, on its devices (see `parallelize`); of several stages, this rank's."""
+    group = mesh.group("pp")
+    if group is None:
+        model = make()
+        parallelize(model, mesh, parallel, precision, device, seed, float8)
+        return model
+    whole: Any = make()
+    stages = split(whole.layer_flops(seq_len), whole.head_flops, mesh.sizes["pp"] * parallel.interleave, parallel.stages)
+    chunks = []
+    for layers in stages[mesh.here["pp"] :: mesh.sizes["pp"]]:
+        chunks.append(make())
+        cut(chunks[-1], layers)
+        parallelize(chunks[-1], mesh, parallel, precision, device, seed, float8)
+    return Pipeline(chunks, group, device, seq_len // mesh.sizes["cp"] // mesh.sizes["tp"])
 
 
 def parallelize(
@@ -53,9 +84,10 @@ def parallelize(
         for layer in contract.layers:
             fully_shard(layer, mesh=fsdp, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward)
         fully_shard(model, mesh=fsdp, mp_policy=policy)
-        register_fsdp_forward_method(model, "losses")
+        for method in ("losses", "hidden"):
+            register_fsdp_forward_method(model, method)
     model.to_empty(device=device)
-    init_weights(model, torch.Generator(device).manual_seed(seed))
+    init_weights(model, seed, device)
 
 
 def reshard(model: nn.Module) -> None:
@@ -66,16 +98,15 @@ def reshard(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, generator: torch.Generator) -> None:
+def init_weights(model: nn.Module, seed: int, device: torch.device) -> None:
     """Set every parameter and buffer: each module's full weights are drawn once, and this rank's part of them is kept.
 
-    Never more than one module is whole, and every mesh gets the same numbers.
+    Never more than one module is whole, and every mesh gets the same numbers: they follow from the seed and the module's name.
     """
-    for module in owners(model):
+    for owner, module in owners(model):
+        generator = torch.Generator(device).manual_seed(random.Random(f"{seed} {owner}").getrandbits(63))
         sharded = {name: p for name, p in module.named_parameters(recurse=False) if isinstance(p, DTensor)}
-        whole = {
-            name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=generator.device)) for name, p in sharded.items()
-        }
+        whole = {name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)) for name, p in sharded.items()}
         module._parameters.update(whole)
         module.reset(generator)
         module._parameters.update(sharded)

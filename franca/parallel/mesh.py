@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from franca.core.config import Count, Positive, config
+from franca.parallel import pipeline
 from franca.parallel.recompute import RecomputeBlocks, RecomputeConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -27,6 +28,8 @@ class ParallelConfig:
     dp_shard: Count | Literal["all"] = "all"  # ranks that share one copy, in parts (FSDP); all: those that are left
     cp: Count = 1  # ranks that share each row (context parallelism)
     tp: Count = 1  # ranks that share each layer and, between layers, each row (tensor and sequence parallelism)
+    stages: tuple[Count, ...] | None = None  # layers of each pipeline stage; None: balanced, with the head's share
+    interleave: Count = 1  # stages of each rank of the pipeline, one after the other: less waiting, more sending
     reshard_after_forward: bool = True  # False: keep whole layers between forward and backward; faster, more memory
     recompute: RecomputeConfig = RecomputeBlocks()  # what the backward pass computes again, to save memory
     compile: bool = False  # torch.compile of every block
@@ -112,7 +115,11 @@ def problems(parallel: ParallelConfig, num_ranks: int, model: Any, seq_len: int)
         sizes = sizes_of(parallel, num_ranks)
     except ValueError as error:
         return [*found, str(error)]
-    tp, cp = sizes["tp"], sizes["cp"]
+    tp, cp, pp = sizes["tp"], sizes["cp"], sizes["pp"]
+    if pp > 1:
+        found += pipeline.problems(model.num_layers, pp * parallel.interleave, parallel.stages)
+    elif parallel.stages is not None or parallel.interleave > 1:
+        found.append("parallel.stages and parallel.interleave: have no effect with pp 1; leave them out, or take more of pp")
     if tp > 1:
         widths = model.tp_widths()
         if not widths:

@@ -120,6 +120,12 @@ class Pipeline(nn.Module):
                 groups[group] = groups.get(group, []) + names
         return groups
 
+    def norm(self, mine: Tensor) -> Tensor:
+        """The norm of the gradients of all ranks from those that are counted here."""
+        square = mine.square()
+        dist.all_reduce(square, group=self.group)
+        return square.sqrt()
+
     def step(self, batch: Batch, micro_samples: int, scale: float | Tensor, before: Before | None = None) -> dict[str, Tensor]:
         """Gradients of `scale` times the sum of all losses, in micro-batches of `micro_samples` rows; returns the named sums.
 

@@ -24,9 +24,10 @@ from franca.core.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RESUMABLE, ConfigErr
 from franca.core.run import RunFolder, write_atomically
 from franca.data.loader import Batch, Loader, validation_sets
 from franca.observe.metrics import Metrics
-from franca.parallel import mesh, world
-from franca.parallel.apply import DTYPES, parallelize
+from franca.parallel import apply, mesh, world
+from franca.parallel.apply import DTYPES
 from franca.parallel.mesh import Mesh
+from franca.parallel.pipeline import Pipeline
 from franca.parallel.world import World
 from franca.train import optim, validation
 from franca.train.care import Care
@@ -156,19 +157,33 @@ def open_folder(folder: RunFolder, resolved: Resolved, here: World, path: Path |
 def build(resolved: Resolved, here: World, faults: Faults, folder: RunFolder, attempt: int, metrics: Metrics) -> Run:
     """Model, optimizer and loader, in the state of the newest good checkpoint if there is one."""
     settings, plan = resolved.config, resolved.plan
-    with torch.device("meta"):
-        model = settings.model.build()
-    if settings.optim.bf16_params is not None:  # buffers stay as exact as they are
-        for parameter in model.parameters():
-            parameter.data = parameter.data.bfloat16()
     place, train = mesh.make(settings.parallel, here.size, here.rank, here.device), settings.train
-    parallelize(model, place, settings.parallel, train.precision, here.device, settings.seed, train.float8)
+    model = apply.build(
+        lambda: on_meta(settings),
+        place,
+        settings.parallel,
+        train.precision,
+        here.device,
+        settings.seed,
+        train.float8,
+        settings.data.seq_len,
+    )
     optimizer = Optimizer(model, settings.optim, settings.seed, DTYPES[train.precision])
     loss_scale = LossScale(train.loss_scale or LossScaleConfig(), here.device) if train.precision == "fp16" else None
     loader = Loader(plan.order, plan.shards, resolved.timeline, resolved.stop_samples, settings.data.attention)
     run = Run(resolved, here, place, faults, folder, attempt, metrics, model, optimizer, loss_scale, loader)
     resume(run)
     return run
+
+
+def on_meta(settings: RunConfig) -> nn.Module:
+    """The model without memory, its parameters in their dtype."""
+    with torch.device("meta"):
+        model: nn.Module = settings.model.build()
+    if settings.optim.bf16_params is not None:  # buffers stay as exact as they are
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def loop(run: Run, care: Care) -> int:
@@ -201,23 +216,14 @@ def loop(run: Run, care: Care) -> int:
 
 def step(run: Run, batch: Batch, num_valid: float) -> Noted:
     """One optimizer step: gradients of the micro-batches added up, clipped, applied. Nothing here waits for a device."""
-    settings, model, rows = run.config, run.model, len(batch.tokens_BT)
-    micro = settings.train.micro_samples or rows
+    settings, model = run.config, run.model
     lr = optim.lr_at(settings.optim, run.resolved.timeline, settings.train.length, run.step, run.known_skips)
     # The mean over all valid tokens of the step. FSDP2 averages over its ranks; times their number, that is a sum.
     scale: float | Tensor = run.mesh.gradient_parts / max(num_valid, 1.0)
     loss_scale = None if run.loss_scale is None else run.loss_scale.scale.clone()
     if loss_scale is not None:
         scale = scale * loss_scale
-    sums: dict[str, Tensor] = {}
-    for first in range(0, rows, micro):
-        if run.mesh.fsdp is not None:
-            model.set_requires_gradient_sync(first + micro >= rows)  # type: ignore[operator]
-        # What a model draws (dropout) follows from the place, as the data do.
-        torch.manual_seed(random.Random(f"{settings.seed} {run.step} {first} {run.world.rank}").getrandbits(63))
-        losses = model.losses(to_device(batch.part(first, micro), run.world.device))  # type: ignore[operator]
-        (torch.stack(list(losses.values())).sum() * scale).backward()
-        sums = {name: value.detach() + sums.get(name, 0.0) for name, value in losses.items()}
+    sums = gradients(run, batch, scale)
     grad_norm = optim.clip(model, settings.optim.clip_norm, loss_scale)
     found_inf = (~grad_norm.isfinite()).float()
     run.optimizer.step(lr, found_inf, run.step)
@@ -225,6 +231,29 @@ def step(run: Run, batch: Batch, num_valid: float) -> Noted:
     if run.loss_scale is not None:
         run.loss_scale.update(found_inf)
     return Noted(run.step + 1, sums, grad_norm, found_inf, loss_scale, num_valid, lr)
+
+
+def gradients(run: Run, batch: Batch, scale: float | Tensor) -> dict[str, Tensor]:
+    """The gradient of `scale` times the sum of all losses, micro-batch by micro-batch; returns the named sums of losses."""
+    model, rows, device = run.model, len(batch.tokens_BT), run.world.device
+    micro = run.config.train.micro_samples or -(-rows // run.mesh.sizes["pp"])
+
+    def draw(first: int, stage: int = 0) -> None:
+        """What a model draws (dropout) follows from the place, as the data do."""
+        place = f"{run.config.seed} {run.step} {first} {run.world.rank}" + (f" {stage}" if stage else "")
+        torch.manual_seed(random.Random(place).getrandbits(63))
+
+    if isinstance(model, Pipeline):
+        return model.step(to_device(batch, device), micro, scale, draw)
+    sums: dict[str, Tensor] = {}
+    for first in range(0, rows, micro):
+        if run.mesh.fsdp is not None:
+            model.set_requires_gradient_sync(first + micro >= rows)  # type: ignore[operator]
+        draw(first)
+        losses = model.losses(to_device(batch.part(first, micro), device))  # type: ignore[operator]
+        (torch.stack(list(losses.values())).sum() * scale).backward()
+        sums = {name: value.detach() + sums.get(name, 0.0) for name, value in losses.items()}
+    return sums
 
 
 def note_skips(run: Run, before: int) -> None:

@@ -5,7 +5,7 @@ The rules stand in `train.adamw` and `train.muon`, how numbers are written in `t
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from franca.core.config import BelowOne, Choice, NotNegative, Positive, config
 from franca.core.duration import Duration, Length
 from franca.core.schedule import Cooldown, CosineDecay, Decay, Schedule, Timeline
+from franca.parallel.pipeline import Pipeline
 from franca.train.update import Part, Rule, Writer, local, value
 
 
@@ -168,18 +169,31 @@ def clip(model: nn.Module, max_norm: float, loss_scale: Tensor | None = None) ->
     Returns its length between the two, on every rank: not finite, if any number of the gradient is not. Sharded, replicated
     and plain parameters, also of several meshes, may be mixed.
     """
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    grads = _whole_gradients(model.parameters())
     by_mesh: dict[Any, list[Tensor]] = defaultdict(list)
-    for grad in grads:
+    for grad in _whole_gradients(model.counted_parameters()) if isinstance(model, Pipeline) else grads:
         by_mesh[grad.device_mesh if isinstance(grad, DTensor) else None].append(grad)
     norms = [torch.nn.utils.get_total_norm(some) for some in by_mesh.values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if isinstance(model, Pipeline):
+        norm = model.norm(norm)
     if loss_scale is not None:
         norm = norm / loss_scale
     factor = torch.ones_like(norm) if max_norm == 0.0 else (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local(grad) for grad in grads], factor if loss_scale is None else factor / loss_scale)
     return norm
+
+
+def _whole_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients, each sharded as its parameter is; of parameters that are copies, each rank may have had its share."""
+    grads = []
+    for parameter in parameters:
+        if isinstance(parameter.grad, DTensor) and isinstance(parameter, DTensor):
+            parameter.grad = parameter.grad.redistribute(placements=parameter.placements)  # nothing, where it is whole
+        if parameter.grad is not None:
+            grads.append(parameter.grad)
+    return grads
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
