@@ -1,4 +1,4 @@
-"""What was compiled is found again by the next start, in a folder of this user alone; also where compiled blocks recompute."""
+"""What was compiled is found again by the next start, in a folder that is this user's alone."""
 
 import os
 import stat
