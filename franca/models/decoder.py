@@ -117,15 +117,21 @@ class Decoder(nn.Module):
         """Logits (B, T, V) in the compute dtype. With a cache, `tokens_BT` follow what it holds, and it counts positions."""
         return self._logits(self._trunk(tokens_BT, document_BT, position_BT, cache))
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, x_BTD: Tensor | None = None) -> dict[str, Tensor]:
         """`nll`: the sum of the negative log-likelihoods of the valid targets, in nats; `nll_2`...: those of later tokens;
         `z_loss`: that of all heads, weighted.
+
+        `x_BTD`: what the layers before, on other devices, made of the tokens; None: all layers are here.
         """
-        x_BTD = self._trunk(batch.tokens_BT, batch.document_BT, batch.position_BT, None)
+        x_BTD = self._trunk(batch.tokens_BT, batch.document_BT, batch.position_BT, None, x_BTD)
         weights: list[Any] = [self._head_weight(), *(head.weight for head in self.future_heads)]
         sums = [self.loss(x_BTD, head_VD, self._here(_later(batch, ahead))) for ahead, head_VD in enumerate(weights)]
         losses = {f"nll_{number}" if number > 1 else "nll": nll for number, (nll, _) in enumerate(sums, 1)}
         return losses if not self.config.z_loss else {**losses, "z_loss": torch.stack([z_loss for _, z_loss in sums]).sum()}
+
+    def hidden(self, batch: Batch, x_BTD: Tensor | None = None) -> Tensor:
+        """What the layers make of the tokens or, if it is given, of `x_BTD`: (B, T, D) in the compute dtype."""
+        return self._trunk(batch.tokens_BT, batch.document_BT, batch.position_BT, None, x_BTD)
 
     def _here(self, rows_BT: Tensor) -> Tensor:
         """The positions of rows that are on this device."""
@@ -141,20 +147,31 @@ class Decoder(nn.Module):
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def _trunk(self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, cache: Cache | None) -> Tensor:
+    def _trunk(
+        self,
+        tokens_BT: Tensor,
+        document_BT: Tensor | None,
+        position_BT: Tensor | None,
+        cache: Cache | None,
+        x_BTD: Tensor | None = None,
+    ) -> Tensor:
         if cache is not None and (document_BT is not None or position_BT is not None):
             given = "document_BT and position_BT were given with a cache"
             raise ValueError(f"{given}, which counts positions itself: leave them out")
         positions, context = self._context(tokens_BT, document_BT, position_BT, cache)
-        x_BTD = self.embedding(self._here(tokens_BT))
-        if self.positions is not None:
-            x_BTD = x_BTD + self.positions(_numbers(positions, tokens_BT.device))
-        x_BTD = F.dropout(x_BTD.to(self.compute_dtype), getattr(self.config, "dropout", 0.0), self.training)
+        if x_BTD is None:
+            x_BTD = self._embed(tokens_BT, positions)
         for number, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, context, None if cache is None else cache.states[number])
         if cache is not None:
             cache.lengths += tokens_BT.shape[1]
         return self.norm(x_BTD)
+
+    def _embed(self, tokens_BT: Tensor, positions: slice | Tensor) -> Tensor:
+        x_BTD = self.embedding(self._here(tokens_BT))
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(_numbers(positions, tokens_BT.device))
+        return F.dropout(x_BTD.to(self.compute_dtype), getattr(self.config, "dropout", 0.0), self.training)
 
     def _context(
         self, tokens_BT: Tensor, document_BT: Tensor | None, position_BT: Tensor | None, cache: Cache | None
@@ -215,9 +232,17 @@ class Decoder(nn.Module):
 
         The input embedding is a look-up and counts nothing; the head counts, tied or not (Kaplan et al. 2020, table 1).
         """
-        c, layers = self.config, list[Any](self.layers)
-        weights = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2) + c.num_rows * c.dim * c.future_tokens
-        return 6.0 * weights + 3.0 * sum(layer.mixing_flops(context) for layer in layers)
+        return sum(self.layer_flops(context)) + self.head_flops
+
+    def layer_flops(self, context: int) -> list[float]:
+        """What every layer has of them."""
+        layers = list[Any](self.layers)
+        weights = [sum(p.numel() for p in layer.parameters() if p.ndim == 2) for layer in layers]
+        return [6.0 * count + 3.0 * layer.mixing_flops(context) for count, layer in zip(weights, layers, strict=True)]
+
+    @property
+    def head_flops(self) -> float:
+        return 6.0 * self.config.num_rows * self.config.dim * self.config.future_tokens
 
     def param_groups(self) -> dict[str, list[str]]:
         """Matrices and embeddings decay; gains and biases do not."""
