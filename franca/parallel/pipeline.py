@@ -3,7 +3,7 @@
 A part ("chunk", its place a "stage") is the whole model without the modules that other ranks hold, so names stay as they
 are. What it refuses to know: how a chunk is sharded, what optimizes it, where the rows come from.
 
-1F1B: Narayanan et al. 2021 (PipeDream-2BW); interleaved: Narayanan et al. 2021 (Megatron-LM), section 2.2.
+1F1B: PipeDream-Flush, Narayanan et al. 2021 (ICML), section 3.2; interleaved: Narayanan et al. 2021 (SC), section 2.2.
 """
 
 import math
@@ -90,6 +90,7 @@ class Pipeline(nn.Module):
         self.chunks = nn.ModuleList(chunks)
         self.group, self.device, self.length = group, device, length
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        assert self.size > 1
         self.num_stages = self.size * len(chunks)
         self.is_last = self.rank == self.size - 1  # of the ranks: it holds the last stage
         self._schedules: dict[bool, tuple[tuple[int, int], Any, list[_Stage]]] = {}  # by whether gradients are wanted
@@ -122,8 +123,8 @@ class Pipeline(nn.Module):
     def step(self, batch: Batch, micro_samples: int, scale: float | Tensor, before: Before | None = None) -> dict[str, Tensor]:
         """Gradients of `scale` times the sum of all losses, in micro-batches of `micro_samples` rows; returns the named sums.
 
-        They are zeros on all ranks but the last. Gradients are added to what is there, and reduced over the ranks that
-        share a chunk, once.
+        They are zeros on all ranks but the last. There must be no gradients yet; over the ranks that share a chunk they are
+        reduced once.
         """
         sums = self._run(batch, micro_samples, scale, before)
         self._add_tied()
@@ -169,11 +170,8 @@ class Pipeline(nn.Module):
         train = torch.is_grad_enabled()
         if train not in self._schedules or self._schedules[train][0] != (count, micro):
             stages = [self._stage(number, micro, train) for number in range(len(self.chunks))]
-            options: Any = {"n_microbatches": count, "loss_fn": _loss if train else None, "scale_grads": False}
-            if len(stages) == 1:
-                schedule: Any = Schedule1F1B(stages[0], **options)
-            else:
-                schedule = ScheduleInterleaved1F1B(list(stages), **options)
+            how: Any = {"n_microbatches": count, "loss_fn": _loss if train else None, "scale_grads": False}
+            schedule: Any = Schedule1F1B(stages[0], **how) if len(stages) == 1 else ScheduleInterleaved1F1B([*stages], **how)
             self._schedules[train] = ((count, micro), schedule, stages)
         return self._schedules[train][1:]
 
@@ -201,10 +199,8 @@ class Pipeline(nn.Module):
         mine: Any = tied.grad
         mine = mine.to_local() if isinstance(mine, DTensor) else mine
         theirs, other = torch.empty_like(mine), self.size - 1 - self.rank
-        exchange = [
-            dist.P2POp(do, t, group=self.group, group_peer=other) for do, t in ((dist.isend, mine), (dist.irecv, theirs))
-        ]
-        for work in dist.batch_isend_irecv(exchange):
+        pairs = (dist.isend, mine), (dist.irecv, theirs)
+        for work in dist.batch_isend_irecv([dist.P2POp(do, t, group=self.group, group_peer=other) for do, t in pairs]):
             work.wait()
         mine += theirs
 
