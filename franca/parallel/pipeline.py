@@ -102,6 +102,12 @@ class Pipeline(nn.Module):
         chunk: Any = self.chunks[-1 if self.is_last else 0]
         return chunk.embedding.weight if chunk.config.tied and self.rank in (0, self.size - 1) else None
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Those of all chunks that are here."""
+        chunks: list[Any] = list(self.chunks)
+        return nn.ModuleList(layer for chunk in chunks for layer in chunk.layers)
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Under the names that they have in the whole model."""
         for chunk in self.chunks:
