@@ -34,7 +34,7 @@ _ALLOWED = {
     "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata "
     "ChunkStorageMetadata _MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
-    "torch": "Size float32 float64 bfloat16 float16 int64 int32 uint8 bool strided",
+    "torch": "Size float32 float64 bfloat16 float16 int64 int32 uint8 bool strided int16",
     "torch._utils": "_get_layout",
     "torch.serialization": "_get_layout",
     "pathlib": "Path PosixPath",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from franca.checkpoint import sharded
+from franca.checkpoint.convert import open_model
 from franca.checkpoint.store import Store
 from franca.core.errors import ConfigError
 from franca.parallel.world import World
@@ -18,7 +19,7 @@ from franca.train.config import read_config, resolve
 from franca.train.faults import Faults
 
 HERE = World(0, 1, 0, torch.device("cpu"))
-CONSTANT = {"lr": 1e-2, "warmup": "5 steps", "decay": "constant"}
+CONSTANT = {"lr": 1e-2, "warmup": "5 steps", "decay": {"kind": "constant"}}
 
 
 def train(path: Path, *words: str) -> int:
@@ -86,6 +87,22 @@ def test_a_resume_knows_what_was_skipped(run_file, records, poison) -> None:
         assert records(Path(read_config(stopped, []).run)) == records(Path(read_config(whole, []).run))
         expected = tensors_at(whole, 9)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_at(stopped, 9).items())
+
+
+def test_parameters_in_bf16_with_their_residue_survive_a_resume(run_file) -> None:
+    sections = {"train": {"length": "4 steps", "precision": "bf16"}, "optim": CONSTANT | {"bf16_params": "kahan"}}
+    whole, stopped = (run_file(name, **sections) for name in ("whole", "stopped"))
+    assert train(whole) == 0
+    assert train(stopped, "train.length=2 steps") == 0
+    assert train(stopped) == 0
+    expected = tensors_at(whole, 4)
+    assert {expected["model.norm.weight"].dtype, expected["optimizer.norm.weight.residue"].dtype} == {
+        torch.bfloat16,
+        torch.int16,
+    }
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_at(stopped, 4).items())
+    model, _, _ = open_model(Path(read_config(whole, []).run), torch.device("cpu"), "fp32")
+    assert torch.equal(model.norm.weight, expected["model.norm.weight"].float())
 
 
 def test_more_skips_in_a_row_than_forgiven_end_the_run(run_file, records, poison) -> None:
