@@ -129,10 +129,6 @@ class Decoder(nn.Module):
         losses = {f"nll_{number}" if number > 1 else "nll": nll for number, (nll, _) in enumerate(sums, 1)}
         return losses if not self.config.z_loss else {**losses, "z_loss": torch.stack([z_loss for _, z_loss in sums]).sum()}
 
-    def hidden(self, batch: Batch, x_BTD: Tensor | None = None) -> Tensor:
-        """What the layers make of the tokens or, if it is given, of `x_BTD`: (B, T, D) in the compute dtype."""
-        return self._trunk(batch.tokens_BT, batch.document_BT, batch.position_BT, None, x_BTD)
-
     def _here(self, rows_BT: Tensor) -> Tensor:
         """The positions of rows that are on this device."""
         return rows_BT if self.spread is None else rows_BT[:, self.spread.places(rows_BT.shape[1], rows_BT.device)]
