@@ -18,7 +18,7 @@ from franca.train.config import read_config, resolve
 from franca.train.faults import Faults
 
 HERE = World(0, 1, 0, torch.device("cpu"))
-CONSTANT = {"lr": 1e-2, "warmup": "5 steps", "decay": "constant"}
+CONSTANT = {"lr": 1e-2, "warmup": "5 steps", "decay": {"kind": "constant"}}
 
 
 def train(path: Path, *words: str) -> int:
