@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 from franca.core.config import Choice, Count, Positive, Share, config
 from franca.core.duration import Cadence, Clock, Duration, Length, RepeatableCadence, Unit
@@ -211,6 +211,8 @@ class Decay(Choice):
 
     `now`, `warmup` (its end) and `end` are points of the run; `unit` is the one that the schedule is written in.
     """
+
+    default_kind: ClassVar[str | None] = "cosine"
 
     def until(self) -> Duration | None:
         """Where it ends, from the start of the run; None: with the run, or never."""
