@@ -9,12 +9,10 @@ Numbers: minhash takes 952 bytes of disk for each document until the search ends
 """
 
 import io
-import multiprocessing
 import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from numpy.typing import NDArray
 
 from franca.core.errors import ConfigError
 from franca.core.run import write_atomically
-from franca.core.workers import end_with_parent
+from franca.core.workers import pool
 
 Kind = Literal["exact", "minhash"]
 Unit = Callable[[], Iterator[str]]
@@ -64,8 +62,8 @@ def duplicates(kind: Kind, units: Sequence[Unit], folder: Path, workers: int) ->
     if not answer.exists():
         _require(len(units))
         work.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-            each = pool.map if workers > 1 else map
+        with pool(workers, work, folder) as processes:
+            each = processes.map if workers > 1 else map
             for stage, count in STAGES[kind].items():
                 inputs = list(units) if stage == "signatures" else [None] * count
                 tasks = [Task(kind, work, stage, rank, len(inputs), unit) for rank, unit in enumerate(inputs)]
