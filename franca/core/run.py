@@ -26,7 +26,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that gets its name when all of it is on the disk: a crash or a full disk leaves what was there before."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb", 1 << 18) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
