@@ -246,7 +246,7 @@ def _submit(work: Work, executor: SlurmExecutor) -> Path:
         with_srun=False,
         **_size(work, executor, job),
     )
-    array.launch_merge_stats = _no_merge  # that job would wait for ever once a task has failed
+    array.launch_merge_stats = lambda: None  # that job would wait for ever once a task has failed
     try:
         array.launch_job()
     except (subprocess.CalledProcessError, OSError) as error:
@@ -258,10 +258,6 @@ def _submit(work: Work, executor: SlurmExecutor) -> Path:
 def _size(work: Work, executor: SlurmExecutor | RayExecutor, job: _Job) -> dict[str, Any]:
     one = {"cpus_per_task": executor.cpus_per_task, "mem_per_cpu_gb": executor.mem_per_cpu_gb}
     return {"tasks": len(job.units), "workers": work.workers, "logging_dir": str(job.folder), **one}
-
-
-def _no_merge() -> None:
-    pass
 
 
 def _is_queued(name: str) -> bool:

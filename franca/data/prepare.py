@@ -131,34 +131,31 @@ def _local(corpus: CorpusConfig, settings: PrepareConfig) -> CorpusConfig:
 
 
 def _units(name: str, corpus: CorpusConfig, paths: list[Path]) -> Iterator[Unit]:
-    """Neighbouring small files together, large files alone, in the order of the files."""
-    together: list[Path] = []
-    size = 0
+    """Neighbouring small files together, large files alone, in the order of the files; large Parquet files in parts."""
+    together, size = list[Path](), 0
     for path in paths:
         here = path.stat().st_size
         if together and size + here > UNIT_BYTES:
             yield Unit(name, corpus, tuple(together), size)
             together, size = [], 0
-        if here > UNIT_BYTES and path.suffix == ".parquet" and kind_of(path, corpus) == "arrow":
-            yield from _row_group_units(name, corpus, path)
-            continue
-        together.append(path)
-        size += here
+        is_large_parquet = here > UNIT_BYTES and path.suffix == ".parquet" and kind_of(path, corpus) == "arrow"
+        if groups := row_groups(path) if is_large_parquet else []:
+            yield from _parts(name, corpus, path, groups)
+        else:
+            together.append(path)
+            size += here
     if together:
         yield Unit(name, corpus, tuple(together), size)
 
 
-def _row_group_units(name: str, corpus: CorpusConfig, path: Path) -> Iterator[Unit]:
-    """A large Parquet file cut between row groups."""
-    groups = row_groups(path)
+def _parts(name: str, corpus: CorpusConfig, path: Path, groups: list[tuple[int, int]]) -> Iterator[Unit]:
+    """A Parquet file cut between row groups, which are bytes [begin, end) of it."""
     first = 0
     for last, (_, end) in enumerate(groups, 1):
         begin = groups[first][0]
         if end - begin > UNIT_BYTES or last == len(groups):
             yield Unit(name, corpus, (path,), end - begin, (first, last), (begin, end))
             first = last
-    if not groups:
-        yield Unit(name, corpus, (path,), path.stat().st_size)
 
 
 def _marked(root: Path, units: list[Unit], policy: Policy, settings: PrepareConfig) -> list[Unit]:
@@ -305,10 +302,8 @@ def _manifest(
 
 def _sweep(root: Path, manifest: dict[str, Any], units: list[Unit], policy: Policy) -> None:
     """Remove what an earlier state of the sources, or a killed attempt, left behind."""
-    kept = {root / "units" / f"{unit.id(policy)}.json" for unit in units} | {
-        root / "units" / ".lock",
-        root / "units" / "tokenizer",
-    }
+    kept = {root / "units" / f"{unit.id(policy)}.json" for unit in units}
+    kept |= {root / "units" / name for name in (".lock", "tokenizer")}
     for path in {unit.copies[0] for unit in units if unit.copies}:
         kept |= {path, path.with_name("exact.npz"), path.with_name("minhash.npz")}
     for name, entry in manifest["sources"].items():

@@ -300,7 +300,8 @@ def _spill(file: IO[bytes], seed: int, name: str, numbers: "array[int]", lines: 
     return begin, len(order)
 
 
-def _open_lines(path: Path, work: Work, on_bad: OnBad) -> Iterator[bytes]:
+@contextmanager
+def _open_lines(path: Path, work: Work, on_bad: OnBad) -> Iterator[Iterator[bytes]]:
     """JSON lines as they are, cut where they are too long; other documents as JSON lines."""
     corpus = CorpusConfig(paths=(), field=work.settings.field, documents=work.settings.documents)
     kind, size = kind_of(path, corpus), path.stat().st_size
@@ -308,37 +309,37 @@ def _open_lines(path: Path, work: Work, on_bad: OnBad) -> Iterator[bytes]:
         if size == 0:
             on_bad(f"{path}: is an empty file")
         with open_file(path) as file:
-            yield from iter(partial(file.readline, work.limit + 1), b"")
+            yield iter(partial(file.readline, work.limit + 1), b"")
         return
     needed = size * (40 if path.suffix in (".gz", ".zst") else 8)
     if kind == "text" and work.settings.documents == "file" and needed > work.limit:
         advice = f"Make JSON lines of it, or set memory to {2 * work.settings.workers * needed:,} bytes"
         raise ConfigError(f"{path}: is too much plain text to be held at once. {advice}")
-    for text in read_documents(path, corpus, on_bad):
-        yield orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE)
+    yield (orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE) for text in read_documents(path, corpus, on_bad))
 
 
 def _read_lines(path: Path, work: Work, on_bad: OnBad) -> Iterator[tuple[int, bytes]]:
     """The lines of a file that are JSON objects, with their numbers; they end with \\n. Blank ones are left out silently."""
     number, limit = 0, work.limit
-    try:
-        for number, line in enumerate(_open_lines(path, work, on_bad), 1):
-            if len(line) > limit:
-                advice = "Cut it, or give more memory, or use fewer workers"
-                raise ConfigError(f"{path}:{number}: a line of more than {limit:,} bytes does not fit. {advice}")
-            if line.endswith(b"\r\n") or not line.endswith(b"\n"):
-                line = line.removesuffix(b"\n").removesuffix(b"\r") + b"\n"
-            try:
-                if type(orjson.loads(line)) is dict:
-                    yield number - 1, line
-                    continue
-                reason = "is no object"
-            except orjson.JSONDecodeError as error:
-                reason = f"is not JSON ({error})"
-            if line.strip():
-                on_bad(f"{path}:{number}: {reason}; JSON lines are expected: one whole object on every line")
-    except UNREADABLE as error:
-        on_bad(f"{path}: cannot be read past line {number} ({error}): truncated or not what its name says")
+    with _open_lines(path, work, on_bad) as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if len(line) > limit:
+                    advice = "Cut it, or give more memory, or use fewer workers"
+                    raise ConfigError(f"{path}:{number}: a line of more than {limit:,} bytes does not fit. {advice}")
+                if line.endswith(b"\r\n") or not line.endswith(b"\n"):
+                    line = line.removesuffix(b"\n").removesuffix(b"\r") + b"\n"
+                try:
+                    if type(orjson.loads(line)) is dict:
+                        yield number - 1, line
+                        continue
+                    reason = "is no object"
+                except orjson.JSONDecodeError as error:
+                    reason = f"is not JSON ({error})"
+                if line.strip():
+                    on_bad(f"{path}:{number}: {reason}; JSON lines are expected: one whole object on every line")
+        except UNREADABLE as error:
+            on_bad(f"{path}: cannot be read past line {number} ({error}): truncated or not what its name says")
 
 
 class Run(NamedTuple):
