@@ -4,8 +4,9 @@ Stage after stage runs in `folder`, each a list of tasks. A task writes into a f
 its mark comes last. So a search that was killed anywhere goes on where it was, with the same result. What it refuses to know:
 files, tokens, what is done with the answer.
 
-Numbers: minhash takes 952 bytes of disk for each document until the search ends, exact 8. Two different texts have the same
-64-bit hash with odds of 1 in 1.8e19: exact drops one document too many of 1e9 with a probability of 3 %, about three of 1e10.
+Numbers: minhash takes 952 bytes of disk for each document until the search ends; exact 8, and 3 of memory in each worker. Two
+different texts have the same 64-bit hash with odds of 1 in 1.8e19: exact drops one document too many of 1e9 with a probability
+of 3 %, about three of 1e10.
 """
 
 import hashlib
