@@ -14,29 +14,36 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
 from franca.core.errors import ConfigError
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that `path` is either the old file or the whole new one, also after a crash or on a full disk."""
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that gets its name when all of it is on the disk: a crash or a full disk leaves what was there before."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        with open(partial, "wb", 1 << 18) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        if error.strerror:
+        if error.strerror and str(error.filename) in ("None", str(partial)):
             error.filename = str(path)  # which a failed write does not name
         raise
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Make `content` the whole of a file, or leave it as it was."""
+    with new_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_folder(folder: Path) -> None:
@@ -46,6 +53,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def lock(path: Path, refusal: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Keep other processes out for as long as this lasts: for them it is a ConfigError, when it lasts `wait_s` longer."""
+    deadline = time.monotonic() + wait_s
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(refusal) from None
+                time.sleep(0.1)
+            except OSError:
+                break  # some network file systems have no locks
+        yield
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -110,13 +135,8 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run: {self.root} cannot be made ({error.strerror})") from None
-        with open(self.root / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"{self.root}: another process is training here. Wait for it, or use run=...") from None
-            except OSError:
-                pass  # some network file systems have no locks
+        advice = "Wait for it, or use run=..."
+        with lock(self.root / ".lock", f"{self.root}: another process is training here. {advice}"):
             yield
 
     def event(self, kind: str, attempt: int, **facts: Any) -> None:

@@ -1,21 +1,21 @@
-"""Which documents are copies of others: equal ones, or nearly equal ones (MinHash), found by datatrove's blocks.
+"""Which documents are copies of others: equal ones, or nearly equal ones (MinHash, by datatrove's blocks).
 
 Stage after stage runs in `folder`, each a list of tasks. A task writes into a folder of its own and moves the files into place;
 its mark comes last. So a search that was killed anywhere goes on where it was, with the same result. What it refuses to know:
 files, tokens, what is done with the answer.
 
-Numbers: minhash takes 952 bytes of disk for each document until the search ends, exact 14. Two different texts have the same
-64-bit hash with odds of 1 in 1.8e19: exact drops one document too many of 1e9 with a probability of 3 %, about three of 1e10.
+Numbers: minhash takes 952 bytes of disk for each document until the search ends; exact 8, and 3 of memory in each worker. Two
+different texts have the same 64-bit hash with odds of 1 in 1.8e19: exact drops one document too many of 1e9 with a probability
+of 3 %, about three of 1e10.
 """
 
+import hashlib
 import io
-import multiprocessing
 import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from franca.core.errors import ConfigError
 from franca.core.run import write_atomically
-from franca.core.workers import end_with_parent
+from franca.core.workers import pool
 
 Kind = Literal["exact", "minhash"]
 Unit = Callable[[], Iterator[str]]
@@ -35,12 +35,12 @@ RANGES = 16  # of hashes, searched by themselves for equal ones
 WINDOW = 1_000_000  # characters of a long document that are cut into words at a time
 SHINGLES = 4096  # of a document that are hashed at a time
 # The stages of a search with their numbers of tasks; the first has one for each unit.
-STAGES = {"exact": {"signatures": 0, "pairs": RANGES}, "minhash": {"signatures": 0, "pairs": BUCKETS, "clusters": 1}}
+STAGES = {"exact": {"hashes": 0, "pairs": RANGES}, "minhash": {"signatures": 0, "pairs": BUCKETS, "clusters": 1}}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One rank of a stage: datatrove's `step.run(documents, rank, world_size)`."""
+    """One rank of a stage, as datatrove counts: `step.run(documents, rank, world_size)`."""
 
     kind: Kind
     folder: Path
@@ -60,30 +60,33 @@ def duplicates(kind: Kind, units: Sequence[Unit], folder: Path, workers: int) ->
     A unit yields the same documents whenever it is called, and can be pickled. `folder` is for these units alone; where it
     holds their answer nothing is read. Raises ConfigError when a package is missing or too many files would be open.
     """
+    if not units:
+        return []
     answer, work = folder / f"{kind}.npz", folder / kind
     if not answer.exists():
-        _require(len(units))
+        _require(kind, len(units))
         work.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-            each = pool.map if workers > 1 else map
+        with pool(workers, work, folder) as processes:
+            each = processes.map if workers > 1 else map
             for stage, count in STAGES[kind].items():
-                inputs = list(units) if stage == "signatures" else [None] * count
+                inputs = [None] * count if count else list(units)
                 tasks = [Task(kind, work, stage, rank, len(inputs), unit) for rank, unit in enumerate(inputs)]
                 list(each(_do, [task for task in tasks if not task.mark.exists()]))
         found = (_exact_found if kind == "exact" else _minhash_found)(work, len(units))
         file = io.BytesIO()
-        np.savez(file, positions=np.concatenate([np.empty(0, np.int64), *found]), counts=[len(part) for part in found])
+        np.savez(file, positions=np.concatenate(found), counts=[len(part) for part in found])
         write_atomically(answer, file.getvalue())
     shutil.rmtree(work, ignore_errors=True)
     with np.load(answer) as arrays:
         assert len(arrays["counts"]) == len(units), f"{folder} belongs to other units"
-        return np.split(arrays["positions"], np.cumsum(arrays["counts"])[:-1].astype(int)) if units else []
+        return np.split(arrays["positions"], np.cumsum(arrays["counts"])[:-1])
 
 
-def _require(num_units: int) -> None:
+def _require(kind: Kind, num_units: int) -> None:
     """datatrove, and the right to have a stage's files of all units open at once."""
     try:
-        import datatrove.pipeline.dedup  # type: ignore[import-untyped]  # noqa: F401
+        if kind == "minhash":
+            import datatrove.pipeline.dedup  # type: ignore[import-untyped]  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"deduplication: {error}. It needs datatrove; run: pip install 'franca[data]'") from None
     needed = 2 * num_units + 200
@@ -96,18 +99,10 @@ def _require(num_units: int) -> None:
 
 
 def _do(task: Task) -> None:
-    from datatrove.data import Document  # type: ignore[import-untyped]
-    from loguru import logger
-
-    logger.disable("datatrove")
     output = task.folder / f"{task.stage}-{task.rank}.{os.getpid()}.partial"
     shutil.rmtree(output, ignore_errors=True)
-    step = (_exact_step if task.kind == "exact" else _minhash_step)(task, str(output))
-    if task.unit is not None:
-        step.run((Document(text=text, id="") for text in task.unit()), task.rank, task.world_size)
-    else:
-        with redirect_stderr(io.StringIO()):  # bars of tqdm
-            step.run(None, task.rank, task.world_size)
+    output.mkdir()
+    (_exact if task.kind == "exact" else _minhash)(task, output)
     for path in filter(Path.is_file, output.rglob("*")):
         place = task.folder / task.stage / path.relative_to(output)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -116,44 +111,44 @@ def _do(task: Task) -> None:
     write_atomically(task.mark, b"")
 
 
-def _hash_config() -> Any:
-    from datatrove.utils.hashing import HashConfig  # type: ignore[import-untyped]
-
-    return HashConfig(precision=64, hash_fc="sha1")  # its default fails with xxhash 4, which takes no str
-
-
-def _exact_step(task: Task, output: str) -> Any:
-    from datatrove.pipeline.dedup import exact_dedup as blocks  # type: ignore[import-untyped]
-
-    class Signature(blocks.ExactDedupSignature):
-        """With the signatures of a unit in an array: 14 bytes for a document, not 200."""
-
-        def run(self, data: Iterator[Any], rank: int = 0, world_size: int = 1) -> None:
-            rows = (self.get_hashes(document, number)[0] for number, document in enumerate(data))
-            self.save_hashes(rank, np.fromiter(rows, blocks.get_sig_dtype(self.config.hash_config)))
-
-    def content(document: Any) -> bytes:  # datatrove chooses its hash function by this annotation
-        return document.text.encode()
-
-    priority = max(1, 65535 - task.rank)  # the highest is kept: the first unit
-    config = blocks.ExactDedupConfig(content, lambda document: priority, _hash_config())
-    if task.stage == "signatures":
-        return Signature(output, config, RANGES)
-    return blocks.ExactFindDedups(str(task.folder / "signatures"), output, config, lines_to_buffer=100)
+def _exact(task: Task, output: Path) -> None:
+    """The hashes of a unit's documents; or, of one range of hashes, the places of all but the first with the same."""
+    if task.unit is not None:
+        digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in task.unit())
+        np.save(output / f"{task.rank:08d}.npy", np.fromiter((int.from_bytes(d, "little") for d in digests), np.uint64))
+        return
+    units = [np.load(path, mmap_mode="r") for path in sorted((task.folder / "hashes").glob("*.npy"))]
+    places = [np.flatnonzero(hashes % np.uint64(RANGES) == task.rank) for hashes in units]
+    mine = np.concatenate([hashes[where] for hashes, where in zip(units, places, strict=True)])
+    is_copy = np.ones(len(mine), np.bool_)
+    is_copy[np.unique(mine, return_index=True)[1]] = False
+    of_units = np.split(is_copy, np.cumsum([len(where) for where in places])[:-1])
+    np.savez(output / f"{task.rank}.npz", *(where[copies] for where, copies in zip(places, of_units, strict=True)))
 
 
 def _exact_found(work: Path, num_units: int) -> list[NDArray[np.int64]]:
-    """The positions that were written range by range."""
-    found = list[NDArray[np.int64]]()
-    for unit in range(num_units):
-        files = [work / "pairs" / f"{part:05d}" / f"{unit:05d}.c4_dup" for part in range(RANGES)]
-        parts = [np.fromfile(path, "<u4").astype(np.int64) for path in files if path.exists()]
-        found.append(np.sort(np.concatenate([np.empty(0, np.int64), *parts])))
-    return found
+    with ExitStack() as opened:
+        ranges = [opened.enter_context(np.load(work / "pairs" / f"{part}.npz")) for part in range(RANGES)]
+        return [np.sort(np.concatenate([part[f"arr_{unit}"] for part in ranges])) for unit in range(num_units)]
+
+
+def _minhash(task: Task, output: Path) -> None:
+    """A step of datatrove's."""
+    from datatrove.data import Document  # type: ignore[import-untyped]
+    from loguru import logger
+
+    logger.disable("datatrove")
+    step = _minhash_step(task, str(output))
+    if task.unit is not None:
+        step.run((Document(text=text, id="") for text in task.unit()), task.rank, task.world_size)
+    else:
+        with redirect_stderr(io.StringIO()):  # bars of tqdm
+            step.run(None, task.rank, task.world_size)
 
 
 def _minhash_step(task: Task, output: str) -> Any:
-    from datatrove.pipeline.dedup import minhash as blocks
+    from datatrove.pipeline.dedup import minhash as blocks  # type: ignore[import-untyped]
+    from datatrove.utils.hashing import HashConfig  # type: ignore[import-untyped]
     from datatrove.utils.text import ngrams, simplify_text  # type: ignore[import-untyped]
     from datatrove.utils.word_tokenizers import WhitespaceTokenizer  # type: ignore[import-untyped]
 
@@ -175,7 +170,8 @@ def _minhash_step(task: Task, output: str) -> Any:
             parts = [signature(shingles[first : first + SHINGLES]) for first in range(0, len(shingles), SHINGLES)]
             return np.array(parts, np.uint64).min(axis=0).tolist()
 
-    config = blocks.MinhashConfig(n_grams=NGRAM, num_buckets=BUCKETS, hashes_per_bucket=HASHES, hash_config=_hash_config())
+    hashing = HashConfig(precision=64, hash_fc="sha1")  # its default fails with xxhash 4, which takes no str
+    config = blocks.MinhashConfig(n_grams=NGRAM, num_buckets=BUCKETS, hashes_per_bucket=HASHES, hash_config=hashing)
     if task.stage == "signatures":
         return Signature(output, config, WhitespaceTokenizer())  # which it does not use
     if task.stage == "pairs":

@@ -6,7 +6,6 @@ datatrove's, and the folder of the dataset must be the same on all nodes. What i
 
 import importlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -14,8 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -27,7 +25,7 @@ from pydantic import Field
 from franca.core.config import Choice, Count, config
 from franca.core.errors import ConfigError
 from franca.core.run import write_atomically
-from franca.core.workers import KILLED, join
+from franca.core.workers import SPAWN, pool
 from franca.data import tokenize
 from franca.data.tokenize import Policy, Unit
 
@@ -107,29 +105,22 @@ def _run_here(work: Work) -> Records:
         for number in work.missing:
             yield number, tokenize.run(work.root, work.units[number], work.policy, work.tick)
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of the tokenizer's threads
-    count, known = spawn.Value("q", 0), 0
-    with ProcessPoolExecutor(min(work.workers, len(work.missing)), spawn, _start_worker, (work.root, count)) as pool:
-        pending = {pool.submit(_in_worker, work.root, work.units[number], work.policy): number for number in work.missing}
-        try:
-            while pending:
-                finished = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED).done
-                work.tick(count.value - known)
-                known = count.value
-                for future in finished:
-                    yield pending.pop(future), future.result()
-        except BrokenProcessPool:
-            raise ConfigError(f"{work.root}: {KILLED}") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    count, known = SPAWN.Value("q", 0), 0
+    with pool(min(work.workers, len(work.missing)), work.root / "units", work.root, _start_worker, count) as processes:
+        pending = {processes.submit(_in_worker, work.root, work.units[n], work.policy): n for n in work.missing}
+        while pending:
+            finished = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED).done
+            work.tick(count.value - known)
+            known = count.value
+            for future in finished:
+                yield pending.pop(future), future.result()
 
 
 _counts: list[Any] = []  # of a worker: the tokens of all workers
 
 
-def _start_worker(root: Path, count: Any) -> None:
+def _start_worker(count: Any) -> None:
     """One thread for each process: their tokenizers would otherwise share all cores, and wait for each other."""
-    join(root / "units")
     os.putenv("RAYON_NUM_THREADS", "1")
     _counts[:] = [count]
 
@@ -255,7 +246,7 @@ def _submit(work: Work, executor: SlurmExecutor) -> Path:
         with_srun=False,
         **_size(work, executor, job),
     )
-    array.launch_merge_stats = _no_merge  # that job would wait for ever once a task has failed
+    array.launch_merge_stats = lambda: None  # that job would wait for ever once a task has failed
     try:
         array.launch_job()
     except (subprocess.CalledProcessError, OSError) as error:
@@ -267,10 +258,6 @@ def _submit(work: Work, executor: SlurmExecutor) -> Path:
 def _size(work: Work, executor: SlurmExecutor | RayExecutor, job: _Job) -> dict[str, Any]:
     one = {"cpus_per_task": executor.cpus_per_task, "mem_per_cpu_gb": executor.mem_per_cpu_gb}
     return {"tasks": len(job.units), "workers": work.workers, "logging_dir": str(job.folder), **one}
-
-
-def _no_merge() -> None:
-    pass
 
 
 def _is_queued(name: str) -> bool:

@@ -5,7 +5,6 @@ a download may neither hang, nor begin again, nor pass off a part as the whole.
 """
 
 import asyncio
-import fcntl
 import hashlib
 import os
 import random
@@ -13,7 +12,6 @@ import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -29,7 +27,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from franca import __version__
 from franca.core.errors import EXIT_RESUMABLE, ConfigError
 from franca.core.progress import progress
-from franca.core.run import sync_folder, write_atomically
+from franca.core.run import lock, sync_folder, write_atomically
 
 RECORD = ".franca-hub.json"
 PART_BYTES = 8 << 30  # of one request: plain HTTP gives no file beyond 50 GB in one piece
@@ -102,27 +100,15 @@ def fetch(
     }
     if any(problems.values()):
         raise ConfigError("fetch: " + "; ".join(text for text, is_so in problems.items() if is_so))
+    folder.mkdir(parents=True, exist_ok=True)
+    advice = "Wait for it, or take another folder."
     try:
-        with _alone_in(folder):
+        with lock(folder / ".franca-hub.lock", f"{folder}: another process is fetching here. {advice}"):
             return asyncio.run(_Fetch(repo, folder, token, endpoint, stall_s, attempts).run(patterns, revision, workers))
     except OfflineModeIsEnabled:
         raise ConfigError(f"{repo}: HF_HUB_OFFLINE is set, so that nothing can be fetched. Unset it.") from None
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep others out of it for as long as this call lasts: for them it is a ConfigError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".franca-hub.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another process is fetching here. Wait for it, or take another folder.") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
 
 
 def matching(name: str, everything: dict[str, HubFile], patterns: Sequence[str]) -> list[HubFile]:

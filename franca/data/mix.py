@@ -5,6 +5,7 @@ document. Which shards are taken is drawn by the seed.
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -59,8 +60,8 @@ def mix(settings: MixConfig) -> Path:
     for dataset in datasets.values():
         if dataset.manifest["tokenizer"] != first.manifest["tokenizer"]:
             raise ConfigError(f"sources: {dataset.root} and {first.root} were made with different tokenizers or BOS and EOS")
-    shards = {name: [s for n in d.manifest["sources"] for s in d.shards("train", n)] for name, d in datasets.items()}
-    available = {name: sum(shard.num_tokens for shard in group) for name, group in shards.items()}
+    shards = {name: _shards(dataset, "train") for name, dataset in datasets.items()}
+    available = {name: sum(shard.num_tokens for shard, _ in group) for name, group in shards.items()}
     whole = sum(part.weight for part in settings.sources.values())
     shares = {name: part.weight / whole for name, part in settings.sources.items()}
     scarce = min(available, key=lambda name: available[name] / shares[name])
@@ -75,26 +76,12 @@ def mix(settings: MixConfig) -> Path:
     for number, (name, group) in enumerate(shards.items()):
         wanted = round(shares[name] * (settings.tokens or most))
         order = permute(np.arange(len(group)), len(group), np.uint64(settings.seed * 1_000_003 + number))
-        entries[name] = {
-            "skipped": 0,
-            "first_skipped": [],
-            "dropped": {},
-            "train": _take(partial / "train" / name, [group[place] for place in order], wanted),
-            "validation": _held_out(partial / "validation" / name, datasets[name]),
-        }
-    statistics = _statistics(entries, shares, available)
-    facts = {"format": 2, "franca": __version__, "settings": to_dict(settings), "mixture": statistics}
-    manifest = {**facts, "tokenizer": first.manifest["tokenizer"], "sources": entries}
-    shutil.copyfile(first.root / "tokenizer.json", partial / "tokenizer.json")
-    write_atomically(partial / "manifest.json", json.dumps(manifest, indent=2))
-    partial.rename(output)
-    sync_folder(output.parent)
-    return output
-
-
-def _statistics(entries: dict[str, Any], shares: dict[str, float], available: dict[str, int]) -> dict[str, dict[str, Any]]:
+        train = _take(partial / "train" / name, [group[place] for place in order], wanted)
+        held_out = _take(partial / "validation" / name, _shards(datasets[name], "validation"))
+        held_out["bytes"] = sum(splits["validation"]["bytes"] for splits in datasets[name].manifest["sources"].values())
+        entries[name] = {"skipped": 0, "first_skipped": [], "dropped": {}, "train": train, "validation": held_out}
     taken = {name: entry["train"]["tokens"] for name, entry in entries.items()}
-    return {
+    statistics = {
         name: {
             "asked": shares[name],
             "reached": count / max(1, sum(taken.values())),
@@ -104,20 +91,34 @@ def _statistics(entries: dict[str, Any], shares: dict[str, float], available: di
         }
         for name, count in taken.items()
     }
+    facts = {"format": 2, "franca": __version__, "settings": to_dict(settings), "mixture": statistics}
+    manifest = {**facts, "tokenizer": first.manifest["tokenizer"], "sources": entries}
+    shutil.copyfile(first.root / "tokenizer.json", partial / "tokenizer.json")
+    write_atomically(partial / "manifest.json", json.dumps(manifest, indent=2))
+    partial.rename(output)
+    sync_folder(output.parent)
+    return output
 
 
-def _take(folder: Path, shards: list[Shard], wanted: int) -> dict[str, Any]:
+def _shards(dataset: Dataset, split: str) -> list[tuple[Shard, str]]:
+    """All shards of a dataset, with their checksums."""
+    sources = dataset.manifest["sources"]
+    said = [entry["sha256"] for splits in sources.values() for entry in splits[split]["shards"]]
+    return list(zip((shard for name in sources for shard in dataset.shards(split, name)), said, strict=True))
+
+
+def _take(folder: Path, shards: list[tuple[Shard, str]], wanted: float = math.inf) -> dict[str, Any]:
     """Documents of about `wanted` tokens from the front of `shards`, as the entry of a manifest."""
     folder.mkdir(parents=True)
     facts: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
-    for shard in shards:
+    for shard, said in shards:
         left = wanted - facts["tokens"]
         if left <= 0:
             break
-        name = f"{len(facts['shards']):05d}"
-        if shard.num_tokens <= left:
-            said = _link(shard, folder / name)
-            count, tokens = shard.num_documents, shard.num_tokens
+        name, count, tokens = f"{len(facts['shards']):05d}", shard.num_documents, shard.num_tokens
+        if tokens <= left:
+            _link(shard.bin_path, folder / f"{name}.bin")
+            _link(shard.idx_path, folder / f"{name}.idx")
         else:
             ends = shard.document_lengths.astype(np.int64).cumsum()
             count = int(np.abs(ends - left).argmin()) + 1  # to the nearest end of a document
@@ -132,26 +133,8 @@ def _take(folder: Path, shards: list[Shard], wanted: int) -> dict[str, Any]:
     return facts
 
 
-def _link(shard: Shard, prefix: Path) -> str:
-    """The same shard under another name; returns its checksum by the manifest that it comes from."""
-    for kind, source in (("bin", shard.bin_path), ("idx", shard.idx_path)):
-        try:
-            os.link(source, f"{prefix}.{kind}")
-        except OSError:  # another file system
-            shutil.copyfile(source, f"{prefix}.{kind}")
-    manifest = Dataset(shard.prefix.parents[2]).manifest
-    said = manifest["sources"][shard.prefix.parent.name][shard.prefix.parent.parent.name]["shards"]
-    return next(str(entry["sha256"]) for entry in said if entry["name"] == shard.prefix.name)
-
-
-def _held_out(folder: Path, dataset: Dataset) -> dict[str, Any]:
-    """The held-out sets of a dataset, whole, as one."""
-    folder.mkdir(parents=True)
-    facts: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
-    for source, splits in dataset.manifest["sources"].items():
-        for count in ("documents", "tokens", "bytes"):
-            facts[count] += splits["validation"][count]
-        for shard in dataset.shards("validation", source):
-            place = f"{len(facts['shards']):05d}"
-            facts["shards"].append({"name": place, "tokens": shard.num_tokens, "sha256": _link(shard, folder / place)})
-    return facts
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)

@@ -4,15 +4,12 @@ The work is a list of units (see `tokenize`), each committed by itself: killed a
 missing, and the bytes are the same. A folder is a dataset from the moment its manifest is written.
 """
 
-import fcntl
 import hashlib
 import io
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -26,7 +23,7 @@ from franca import __version__
 from franca.core.config import Count, config, load, to_dict
 from franca.core.errors import ConfigError, disk_errors
 from franca.core.progress import progress
-from franca.core.run import write_atomically
+from franca.core.run import lock, write_atomically
 from franca.core.workers import wait_for_workers
 from franca.data import executor, tokenize, tokenizer_formats
 from franca.data.executor import ExecutorConfig, LocalExecutor, Work
@@ -37,6 +34,7 @@ from franca.data.tokenizer import Tokenizer
 from franca.data.tokenizer_formats import named, open_tokenizer
 
 UNIT_BYTES = 64_000_000  # files smaller than this are prepared together
+KILLED_S = 5.0  # that a preparation may take to go when it was just killed
 
 Files = dict[str, list[Path]]  # of every source
 
@@ -92,7 +90,9 @@ def _prepare(settings: PrepareConfig, root: Path) -> None:
     if root.exists() and not (root.is_dir() and _is_ours(root)):
         raise ConfigError(f"{root}: exists and is no dataset of franca. Remove it, or choose another output.")
     (root / "units").mkdir(parents=True, exist_ok=True)
-    with _alone(root):
+    advice = "Wait for it, or choose another output."
+    with lock(root / "units" / ".lock", f"{root}: another process is preparing it. {advice}", KILLED_S):
+        wait_for_workers(root / "units")
         tokenizer = _tokenizer(settings, files, root)
         policy = Policy(
             tokenizer.fingerprint,
@@ -130,56 +130,32 @@ def _local(corpus: CorpusConfig, settings: PrepareConfig) -> CorpusConfig:
     return replace(corpus, paths=bring(corpus.hub, folder, corpus.paths, corpus.revision), exclude=exclude)
 
 
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Keep a second preparation out of the folder."""
-    with open(root / "units" / ".lock", "w") as file:
-        deadline = time.monotonic() + 5.0  # one that was just killed may take a moment to go
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"{root}: another process is preparing it. Wait for it, or choose another output."
-                    ) from None
-                time.sleep(0.1)
-            except OSError:
-                break  # some network file systems have no locks
-        wait_for_workers(root / "units")
-        yield
-
-
 def _units(name: str, corpus: CorpusConfig, paths: list[Path]) -> Iterator[Unit]:
-    """Neighbouring small files together, large files alone, in the order of the files."""
-    together: list[Path] = []
-    size = 0
+    """Neighbouring small files together, large files alone, in the order of the files; large Parquet files in parts."""
+    together, size = list[Path](), 0
     for path in paths:
         here = path.stat().st_size
         if together and size + here > UNIT_BYTES:
             yield Unit(name, corpus, tuple(together), size)
             together, size = [], 0
-        if here > UNIT_BYTES and path.suffix == ".parquet" and kind_of(path, corpus) == "arrow":
-            yield from _row_group_units(name, corpus, path)
-            continue
-        together.append(path)
-        size += here
+        is_large_parquet = here > UNIT_BYTES and path.suffix == ".parquet" and kind_of(path, corpus) == "arrow"
+        if groups := row_groups(path) if is_large_parquet else []:
+            yield from _parts(name, corpus, path, groups)
+        else:
+            together.append(path)
+            size += here
     if together:
         yield Unit(name, corpus, tuple(together), size)
 
 
-def _row_group_units(name: str, corpus: CorpusConfig, path: Path) -> Iterator[Unit]:
-    """A large Parquet file cut between row groups."""
-    groups = row_groups(path)
+def _parts(name: str, corpus: CorpusConfig, path: Path, groups: list[tuple[int, int]]) -> Iterator[Unit]:
+    """A Parquet file cut between row groups, which are bytes [begin, end) of it."""
     first = 0
     for last, (_, end) in enumerate(groups, 1):
         begin = groups[first][0]
         if end - begin > UNIT_BYTES or last == len(groups):
             yield Unit(name, corpus, (path,), end - begin, (first, last), (begin, end))
             first = last
-    if not groups:
-        yield Unit(name, corpus, (path,), path.stat().st_size)
 
 
 def _marked(root: Path, units: list[Unit], policy: Policy, settings: PrepareConfig) -> list[Unit]:
@@ -326,10 +302,8 @@ def _manifest(
 
 def _sweep(root: Path, manifest: dict[str, Any], units: list[Unit], policy: Policy) -> None:
     """Remove what an earlier state of the sources, or a killed attempt, left behind."""
-    kept = {root / "units" / f"{unit.id(policy)}.json" for unit in units} | {
-        root / "units" / ".lock",
-        root / "units" / "tokenizer",
-    }
+    kept = {root / "units" / f"{unit.id(policy)}.json" for unit in units}
+    kept |= {root / "units" / name for name in (".lock", "tokenizer")}
     for path in {unit.copies[0] for unit in units if unit.copies}:
         kept |= {path, path.with_name("exact.npz"), path.with_name("minhash.npz")}
     for name, entry in manifest["sources"].items():

@@ -13,23 +13,20 @@ What it refuses to know: tokens. Every line is parsed, to be sure that it is a J
 have half as many bytes as a worker has memory; while one so long is parsed, more than that is used.
 """
 
-import fcntl
 import hashlib
-import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, NamedTuple, cast
+from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import orjson
@@ -40,20 +37,16 @@ from franca import __version__
 from franca.core.config import BelowOne, Count, config, differences, load, to_dict
 from franca.core.errors import ConfigError, disk_errors
 from franca.core.progress import progress
-from franca.core.run import sync_folder, write_atomically
-from franca.core.workers import KILLED, join, wait_for_workers
+from franca.core.run import lock, new_file, write_atomically
+from franca.core.workers import pool, wait_for_workers
 from franca.data.order import hash64
-from franca.data.sources import UNREADABLE, CorpusConfig, OnBad, find_files, kind_of, open_file, read_documents, refuse_odd
+from franca.data.sources import UNREADABLE, CorpusConfig, OnBad, find_files, kind_of, open_file, read_documents
 
-Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
-Text = NDArray[np.uint8]
 Facts = dict[str, Any]
 
 MIN_BYTES = 1_000_000  # of memory for one worker
-READ_BYTES = 1 << 16  # always the same, so that a truncated archive ends at the same line whatever the memory
-PIECE_BYTES = 1 << 18  # of rows that are put in order and written at a time
-ROW_BYTES = 64  # that arrays take for a row, beside its text
+ROW_BYTES = 64  # that a row takes, beside its text
 MEND = "Mend it, or set on_bad_document: skip to leave such documents out and count them"
 
 
@@ -167,20 +160,15 @@ def _shuffle(settings: ShuffleConfig) -> Path:
 
 
 def _list_files(settings: ShuffleConfig) -> dict[str, Path]:
-    patterns, paths = settings.paths, set[Path]()
+    patterns = settings.paths
     if settings.hub is not None:
         from franca.data.hub import bring  # a client that others need not load
 
-        patterns = bring(
-            settings.hub, Path(settings.tmp_dir).expanduser() / f"{settings.name}.download", patterns, settings.revision
-        )
-    for pattern in patterns:
-        if not (found := find_files(pattern)):
-            raise ConfigError(f"paths: {pattern!r} matches no file. Is the path right, seen from {os.getcwd()}?")
-        refuse_odd(found, "paths")
-        paths |= {Path(os.path.abspath(file)) for file in found}
+        folder = Path(settings.tmp_dir).expanduser() / f"{settings.name}.download"
+        patterns = bring(settings.hub, folder, patterns, settings.revision)
+    paths = sorted({Path(os.path.abspath(file)) for file in find_files("paths", patterns)})
     root = os.path.commonpath([path.parent for path in paths])
-    return {path.relative_to(root).as_posix(): path for path in sorted(paths)}
+    return {path.relative_to(root).as_posix(): path for path in paths}
 
 
 def _plan(work: Work) -> Facts:
@@ -213,14 +201,8 @@ def _locked(work: Work) -> Iterator[None]:
             raise ConfigError(
                 f"{place}: cannot be written ({error.strerror}). Set tmp_dir and final_dir to other places"
             ) from None
-    with open(work.folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            advice = "Wait for it, or choose another tmp_dir"
-            raise ConfigError(f"{work.folder}: another process is shuffling here. {advice}") from None
-        except OSError:
-            pass  # some network file systems have no locks
+    advice = "Wait for it, or choose another tmp_dir"
+    with lock(work.folder / ".lock", f"{work.folder}: another process is shuffling here. {advice}"):
         wait_for_workers(work.folder)
         yield
 
@@ -238,8 +220,8 @@ def _agree(work: Work, plan: Facts) -> None:
         work.folder.glob(".*.partial"),
         *(work.final.glob(f".{begin}.*.partial") for begin in (*work.parts, "shuffle.json")),
     ]
-    for partial in [path for paths in left for path in paths]:
-        partial.unlink()
+    for path in [path for paths in left for path in paths]:
+        path.unlink()
     for part in work.parts:
         if not (work.final / part).exists():  # whatever its record says
             work.path(f"gather {part}", "json").unlink(missing_ok=True)
@@ -261,36 +243,14 @@ def _finished(stage: str, task: Task, work: Work, items: list[str]) -> Iterator[
     if work.settings.workers == 1:
         yield from (_do(stage, task, work, item) for item in items)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(work.settings.workers, mp_context=spawn, initializer=join, initargs=(work.folder,)) as pool:
-        futures = [pool.submit(_do, stage, task, work, item) for item in items]
-        try:
-            yield from (future.result() for future in as_completed(futures))
-        except BrokenProcessPool:
-            raise ConfigError(f"{work.folder}: {KILLED}") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with pool(work.settings.workers, work.folder, work.folder) as processes:
+        futures = [processes.submit(_do, stage, task, work, item) for item in items]
+        yield from (future.result() for future in as_completed(futures))
 
 
 def _do(stage: str, task: Task, work: Work, item: str) -> str:
     write_atomically(work.path(f"{stage} {item}", "json"), json.dumps(task(work, item)))
     return item
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that gets its name when all of it is on the disk. Raises ConfigError where the disk does not take it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with disk_errors(path):
-            with open(partial, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def row_keys(seed: int, name: str, rows: Keys) -> Keys:
@@ -299,20 +259,8 @@ def row_keys(seed: int, name: str, rows: Keys) -> Keys:
     return hash64(hash64(rows + low) ^ high)
 
 
-def _pieces(text: Text, ends: Ints, sizes: Ints, order: Ints) -> Iterator[bytes]:
-    """The rows of `text` in the given order, some at a time."""
-    view, begin, cost = text.data, 0, np.cumsum(sizes[order] + 4 * ROW_BYTES)
-    while begin < len(order):
-        spent = cost[begin - 1] if begin else 0
-        stop = max(begin + 1, int(np.searchsorted(cost, spent + PIECE_BYTES, side="right")))
-        chosen = order[begin:stop]
-        stops = ends[chosen]
-        yield b"".join(map(view.__getitem__, map(slice, (stops - sizes[chosen]).tolist(), stops.tolist())))
-        begin = stop
-
-
 def _scatter(work: Work, name: str) -> Facts:
-    """Make the spill of an input file: for every batch keys (uint64), ends of rows in the spill (uint64), text."""
+    """Make the spill of an input file, batch after batch."""
     path, facts, before = work.files[name], Facts(rows=0, skipped=0, first_skipped=[], batches=[]), work.files[name].stat()
 
     def on_bad(reason: str) -> None:
@@ -321,109 +269,77 @@ def _scatter(work: Work, name: str) -> Facts:
         facts["skipped"] += 1
         facts["first_skipped"] = [*facts["first_skipped"], reason][:10]
 
-    with _new_file(work.path(f"scatter {name}", "spill")) as spill:
-        for first_row, text, ends in _read_lines(path, work, on_bad):
-            sizes = _mend_newlines(text, ends)
-            rows = _good_rows(text, ends, sizes, f"{path}", first_row, on_bad)
-            if len(rows):
-                keys = row_keys(work.settings.seed, name, (rows + first_row).astype(np.uint64))
-                order = np.argsort(keys, kind="stable")
-                spill.write(bytes(-spill.tell() % 8))  # an index off its words would be copied before each search
-                facts["batches"].append((spill.tell(), len(rows)))
-                facts["rows"] += len(rows)
-                spill.write(keys[order].astype("<u8").data)
-                order = rows[order]
-                spill.write((np.cumsum(sizes[order]) + (spill.tell() + 8 * len(order))).astype("<u8").data)
-                spill.writelines(_pieces(text, ends, sizes, order))
+    with new_file(work.path(f"scatter {name}", "spill")) as spill:
+        numbers, lines, held = array("Q"), list[bytes](), 0
+        for number, line in _read_lines(path, work, on_bad):
+            numbers.append(number)
+            lines.append(line)
+            held += len(line) + ROW_BYTES
+            if held > work.limit:
+                facts["batches"].append(_spill(spill, work.settings.seed, name, numbers, lines))
+                numbers, lines, held = array("Q"), [], 0
+        if lines:
+            facts["batches"].append(_spill(spill, work.settings.seed, name, numbers, lines))
+    facts["rows"] = sum(rows for _, rows in facts["batches"])
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise ConfigError(f"{path}: was changed while it was read. Shuffle files that nobody writes to")
     return facts
 
 
-def _open_lines(path: Path, work: Work, on_bad: OnBad) -> IO[bytes]:
-    """JSON lines as they are; other documents as JSON lines."""
+def _spill(file: IO[bytes], seed: int, name: str, numbers: "array[int]", lines: list[bytes]) -> tuple[int, int]:
+    """Write a batch, sorted: keys (uint64), ends of rows in the spill (uint64), text; returns where it begins, and its rows."""
+    keys = row_keys(seed, name, np.frombuffer(numbers, np.uint64))
+    order = np.argsort(keys, kind="stable")
+    sizes = np.fromiter(map(len, lines), np.int64, len(lines))[order]
+    file.write(bytes(-file.tell() % 8))  # an index off its words would be copied before each search
+    begin = file.tell()
+    file.write(keys[order].astype("<u8").data)
+    file.write((np.cumsum(sizes) + (begin + 16 * len(order))).astype("<u8").data)
+    file.writelines(map(lines.__getitem__, order.data))
+    return begin, len(order)
+
+
+@contextmanager
+def _open_lines(path: Path, work: Work, on_bad: OnBad) -> Iterator[Iterator[bytes]]:
+    """JSON lines as they are, cut where they are too long; other documents as JSON lines."""
     corpus = CorpusConfig(paths=(), field=work.settings.field, documents=work.settings.documents)
     kind, size = kind_of(path, corpus), path.stat().st_size
     if kind == "jsonl":
         if size == 0:
             on_bad(f"{path}: is an empty file")
-        return open_file(path)
+        with open_file(path) as file:
+            yield iter(partial(file.readline, work.limit + 1), b"")
+        return
     needed = size * (40 if path.suffix in (".gz", ".zst") else 8)
     if kind == "text" and work.settings.documents == "file" and needed > work.limit:
         advice = f"Make JSON lines of it, or set memory to {2 * work.settings.workers * needed:,} bytes"
         raise ConfigError(f"{path}: is too much plain text to be held at once. {advice}")
-    return cast(IO[bytes], _JsonLines(read_documents(path, corpus, on_bad)))
+    yield (orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE) for text in read_documents(path, corpus, on_bad))
 
 
-class _JsonLines(io.RawIOBase):
-    """Documents as a stream of JSON lines."""
-
-    def __init__(self, texts: Iterator[str]) -> None:
-        self.texts, self.line = texts, memoryview(b"")
-
-    def readinto(self, buffer: Any) -> int:
-        if not self.line:
-            text = next(self.texts, None)
-            self.line = memoryview(b"" if text is None else orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE))
-        count = min(len(buffer), len(self.line))
-        buffer[:count] = self.line[:count]
-        self.line = self.line[count:]
-        return count
-
-
-def _read_lines(path: Path, work: Work, on_bad: OnBad) -> Iterator[tuple[int, Text, Ints]]:
-    """A file in batches that fit: number of the first line, text, where lines end, behind their newlines (lines,)."""
-    text = np.empty(work.limit + READ_BYTES + 1, np.uint8)
-    first = fill = last = num_lines = 0  # `last`: end of the last whole line
-    found, got = list[Ints](), 1
-    with _open_lines(path, work, on_bad) as file:
-        while got:
-            try:
-                got = file.readinto(text[fill : fill + READ_BYTES].data)  # type: ignore[attr-defined]
-            except UNREADABLE as error:
-                on_bad(f"{path}: cannot be read past line {first + num_lines} ({error}): truncated or not what its name says")
-                got, fill = 0, last
-            if not got and fill > last:  # the last line has no newline
-                text[fill], got = ord("\n"), 1
-            found.append(np.flatnonzero(text[fill : fill + got] == ord("\n")) + fill + 1)
-            fill, num_lines = fill + got, num_lines + len(found[-1])
-            last = int(found[-1][-1]) if len(found[-1]) else last
-            if not got or fill + ROW_BYTES * num_lines > work.limit:
-                if num_lines:
-                    yield first, text, np.concatenate(found)
-                rest = text[last:fill].copy()
-                first, fill, last, num_lines, found = first + num_lines, len(rest), 0, 0, []
-                text[:fill] = rest
-            if fill > work.limit:
-                advice = "Cut it, or give more memory, or use fewer workers"
-                raise ConfigError(f"{path}:{first + 1}: a line of more than {work.limit:,} bytes does not fit. {advice}")
-
-
-def _mend_newlines(text: Text, ends: Ints) -> Ints:
-    """How long lines are, with their newlines; \\r\\n becomes \\n, in place."""
-    sizes = np.diff(ends, prepend=0)
-    windows = np.flatnonzero((sizes > 1) & (text[ends - 2] == ord("\r")))
-    text[ends[windows] - 2] = ord("\n")
-    ends[windows] -= 1
-    sizes[windows] -= 1
-    return sizes
-
-
-def _good_rows(text: Text, ends: Ints, sizes: Ints, path: str, first_row: int, on_bad: OnBad) -> Ints:
-    """The lines, counted in this batch, that are JSON objects; blank ones are left out silently."""
-    view, loads, out = text.data, orjson.loads, list[int]()
-    for row, (begin, end) in enumerate(zip((ends - sizes).data, ends.data, strict=True)):
+def _read_lines(path: Path, work: Work, on_bad: OnBad) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are JSON objects, with their numbers; they end with \\n. Blank ones are left out silently."""
+    number, limit = 0, work.limit
+    with _open_lines(path, work, on_bad) as lines:
         try:
-            if type(loads(view[begin:end])) is dict:
-                continue
-            reason = "is no object"
-        except orjson.JSONDecodeError as error:
-            reason = f"is not JSON ({error})"
-        out.append(row)
-        if bytes(view[begin:end]).strip():
-            on_bad(f"{path}:{first_row + row + 1}: {reason}; JSON lines are expected: one whole object on every line")
-    return np.delete(np.arange(len(ends)), out)
+            for number, line in enumerate(lines, 1):
+                if len(line) > limit:
+                    advice = "Cut it, or give more memory, or use fewer workers"
+                    raise ConfigError(f"{path}:{number}: a line of more than {limit:,} bytes does not fit. {advice}")
+                if line.endswith(b"\r\n") or not line.endswith(b"\n"):
+                    line = line.removesuffix(b"\n").removesuffix(b"\r") + b"\n"
+                try:
+                    if type(orjson.loads(line)) is dict:
+                        yield number - 1, line
+                        continue
+                    reason = "is no object"
+                except orjson.JSONDecodeError as error:
+                    reason = f"is not JSON ({error})"
+                if line.strip():
+                    on_bad(f"{path}:{number}: {reason}; JSON lines are expected: one whole object on every line")
+        except UNREADABLE as error:
+            on_bad(f"{path}: cannot be read past line {number} ({error}): truncated or not what its name says")
 
 
 class Run(NamedTuple):
@@ -476,8 +392,8 @@ def _gather(work: Work, name: str) -> Facts:
     """Make an output file in the work folder, unless it is there, and bring it to its final folder."""
     chunk = work.path(f"gather {name}", "chunk")
     if not chunk.exists():
-        with _new_file(chunk) as file:
-            for runs in _buckets(_runs(work), *work.parts[name], work.limit + 2 * READ_BYTES):  # the longest line fits
+        with new_file(chunk) as file:
+            for runs in _buckets(_runs(work), *work.parts[name], work.limit + ROW_BYTES):  # the longest line fits
                 file.writelines(_sorted_rows(runs))
     facts = _ship(chunk, work.final / name)
     if work.settings.clear_tmp:
@@ -496,29 +412,28 @@ def _buckets(runs: list[Run], low: int, high: int, limit: int) -> Iterator[list[
         yield runs
 
 
-def _sorted_rows(runs: list[Run]) -> Iterator[bytes]:
-    """The rows of all runs by key and then in the order of runs, in pieces."""
-    text, fill = np.empty(sum(run.text_end - run.text_begin for run in runs), np.uint8), 0
-    keys, ends = list[Keys](), list[Ints]()
+def _sorted_rows(runs: list[Run]) -> Iterator[memoryview]:
+    """The rows of all runs by key and then in the order of runs."""
+    text, fill = np.empty(sum(run.text_end - run.text_begin for run in runs), np.uint8).data, 0
+    keys, ends = list[Keys](), [np.zeros(1, np.int64)]
     for run in runs:
-        chosen = run.table[:, run.begin : run.end]
+        chosen, stop = run.table[:, run.begin : run.end], fill + run.text_end - run.text_begin
         keys.append(chosen[0].copy())
         ends.append(chosen[1].astype(np.int64) - (run.text_begin - fill))
         with open(run.spill, "rb") as file:
             file.seek(run.text_begin)
-            got = file.readinto(text[fill : fill + run.text_end - run.text_begin].data)
-        fill += run.text_end - run.text_begin
-        if got < run.text_end - run.text_begin:
-            raise ConfigError(f"{run.spill}: is truncated. Remove {run.spill.parent} and begin anew")
-    stops = np.concatenate(ends)
-    yield from _pieces(text, stops, np.diff(stops, prepend=0), np.argsort(np.concatenate(keys), kind="stable"))
+            if file.readinto(text[fill:stop]) < stop - fill:
+                raise ConfigError(f"{run.spill}: is truncated. Remove {run.spill.parent} and begin anew")
+        fill = stop
+    order, edges = np.argsort(np.concatenate(keys), kind="stable"), np.concatenate(ends)
+    return (text[begin:end] for begin, end in zip(edges[order].data, edges[order + 1].data, strict=True))
 
 
 def _ship(chunk: Path, target: Path) -> Facts:
     """Copy a file; the copy gets its name when the disk has given back the bytes that were written."""
     digest, num_bytes, rows = hashlib.sha256(), 0, 0
-    with _new_file(target) as file, open(chunk, "rb") as source:
-        while piece := source.read(PIECE_BYTES):
+    with new_file(target) as file, open(chunk, "rb") as source:
+        while piece := source.read(1 << 18):
             digest.update(piece)
             rows += piece.count(b"\n")
             num_bytes += file.write(piece)

@@ -60,30 +60,27 @@ Groups = tuple[int, int]  # row groups [first, last)
 
 def list_files(name: str, corpus: CorpusConfig) -> list[Path]:
     """The files of a corpus in sorted order. Raises ConfigError when a pattern matches nothing."""
-
-    files: set[str] = set()
-    for pattern in corpus.paths:
-        if not (found := find_files(pattern)):
-            raise ConfigError(f"sources.{name}.paths: {pattern!r} matches no file. Is the path right, seen from {os.getcwd()}?")
-        files |= found
-    files.difference_update(*map(find_files, corpus.exclude))
-    refuse_odd(files, f"sources.{name}.paths")
+    files = find_files(f"sources.{name}.paths", corpus.paths, corpus.exclude)
     if not files:
         raise ConfigError(f"sources.{name}: `exclude` leaves no file of {', '.join(corpus.paths)}")
     return [Path(path) for path in sorted(files)]
 
 
-def find_files(pattern: str) -> set[str]:
-    """What a glob matches, without folders."""
-    return {path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if not os.path.isdir(path)}
-
-
-def refuse_odd(paths: set[str], where: str) -> None:
-    """Refuse what would be left out in silence, or waited for: links to nothing, pipes, sockets, devices."""
-    if odd := sorted(path for path in paths if not os.path.isfile(path)):
+def find_files(where: str, patterns: tuple[str, ...], exclude: tuple[str, ...] = ()) -> set[str]:
+    """What globs match, without folders. Raises ConfigError for what would be left out in silence, or waited for."""
+    found = {pattern: _glob(pattern) for pattern in patterns}
+    if nothing := [pattern for pattern, files in found.items() if not files]:
+        raise ConfigError(f"{where}: {nothing[0]!r} matches no file. Is the path right, seen from {os.getcwd()}?")
+    paths = set[str]().union(*found.values()).difference(*map(_glob, exclude))
+    if odd := sorted(path for path in paths if not os.path.isfile(path)):  # pipes, sockets, devices
         what = "a link to nothing" if os.path.islink(odd[0]) else "no regular file"
         advice = "Mend or remove it, or do not name it"
         raise ConfigError(f"{where}: {odd[0]} is {what} ({len(odd)} such of {len(paths)}). {advice}")
+    return paths
+
+
+def _glob(pattern: str) -> set[str]:
+    return {path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if not os.path.isdir(path)}
 
 
 def read_documents(
@@ -272,14 +269,12 @@ def _not_utf8(text: str) -> str | None:
     """What is wrong with a text that was read with `surrogateescape`, if anything is."""
     try:
         text.encode()
-        return None
     except UnicodeEncodeError:
-        pass
-    try:
-        text.encode(errors="surrogateescape").decode()
-    except UnicodeDecodeError as error:
-        return f"is not UTF-8 text ({error.object[error.start :][:1]!r}: {error.reason})"
-    raise AssertionError(text)
+        try:
+            text.encode(errors="surrogateescape").decode()
+        except UnicodeDecodeError as error:
+            return f"is not UTF-8 text ({error.object[error.start :][:1]!r}: {error.reason})"
+    return None
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:

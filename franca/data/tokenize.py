@@ -139,14 +139,13 @@ def _stat(path: Path) -> list[int]:
 
 def _sha256(path: Path, span: tuple[int, int] | None) -> str | None:
     try:
+        begin, end = span or (0, path.stat().st_size)
+        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            if span is None:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(span[0])
-            digest = hashlib.sha256()
-            for begin in range(*span, 2**20):
-                digest.update(file.read(min(2**20, span[1] - begin)))
-            return digest.hexdigest()
+            file.seek(begin)
+            for place in range(begin, end, 2**20):
+                digest.update(file.read(min(2**20, end - place)))
+        return digest.hexdigest()
     except OSError:  # a bad document, which was skipped
         return None
 

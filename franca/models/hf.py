@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,11 @@ def _write_qwen(c: LlamaConfig) -> Values:
     return {**_write_llama(c), **window, "max_window_layers": 0 if c.window else c.num_layers}
 
 
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
 def _read_gpt2(given: Values, where: str) -> Values:
-    rates = {name: given[name] for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    rates = {name: given[name] for name in _DROPOUTS}
     if len(set(rates.values())) > 1:
         told = ", ".join(f"{name} {rate}" for name, rate in rates.items())
         raise ConfigError(f"{where}: {told}; only one rate of dropout for all three can be imported")
@@ -96,7 +99,7 @@ def _read_gpt2(given: Values, where: str) -> Values:
 
 
 def _write_gpt2(c: GPT2Config) -> Values:
-    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+    return dict.fromkeys(_DROPOUTS, c.dropout)
 
 
 def _read_mamba(given: Values, where: str) -> Values:
@@ -127,124 +130,94 @@ class Family:
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # theirs that our model computes; the first is written
 
 
-_SHARED = {"vocab_size": "vocab_size", "init_std": "initializer_range", "tied": "tie_word_embeddings"}
-_LLAMA = _SHARED | {
-    "dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "mlp_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-}
-_GPT2 = _SHARED | {
-    "dim": "n_embd",
-    "num_layers": "n_layer",
-    "num_heads": "n_head",
-    "mlp_dim": "n_inner",
-    "max_seq_len": "n_positions",
-    "norm_eps": "layer_norm_epsilon",
-}
-_LLAMA_DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "initializer_range": 0.02, "tie_word_embeddings": False}
-_QWEN_DEFAULTS = _LLAMA_DEFAULTS | {
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_GPT2_DEFAULTS = {"n_inner": None, "initializer_range": 0.02, "tie_word_embeddings": True} | dict.fromkeys(
-    ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1
+def _names(table: str) -> dict[str, str]:
+    """Words `ours=theirs` as a dict."""
+    return dict(word.split("=") for word in table.split())
+
+
+_SHARED = _names("vocab_size=vocab_size init_std=initializer_range tied=tie_word_embeddings")
+_LLAMA = Family(
+    LlamaConfig,
+    "LlamaForCausalLM",
+    _SHARED
+    | _names(
+        "dim=hidden_size num_layers=num_hidden_layers num_heads=num_attention_heads "
+        "num_kv_heads=num_key_value_heads head_dim=head_dim mlp_dim=intermediate_size "
+        "max_seq_len=max_position_embeddings norm_eps=rms_norm_eps"
+    ),
+    _read_llama,
+    _write_llama,
+    ours={"mlp": "swiglu", "qkv_bias": False, "qk_norm": False, "window": None},
+    defaults={"num_key_value_heads": None, "head_dim": None, "initializer_range": 0.02, "tie_word_embeddings": False},
+    fixed={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0.0, None)},
 )
-_MAMBA = _SHARED | {
-    "dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "head_dim": "head_dim",
-    "state_dim": "state_size",
-    "num_groups": "n_groups",
-    "expand": "expand",
-    "conv_size": "conv_kernel",
-    "dt_min": "time_step_min",
-    "dt_max": "time_step_max",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "layer_norm_epsilon",
-}
-_MAMBA_DEFAULTS = {
-    "num_heads": 128,
-    "head_dim": 64,
-    "state_size": 128,
-    "n_groups": 8,
-    "expand": 2,
-    "conv_kernel": 4,
-    "layer_norm_epsilon": 1e-5,
-    "initializer_range": 0.1,
-    "tie_word_embeddings": False,
-    "time_step_min": 0.001,
-    "time_step_max": 0.1,
-    "time_step_limit": (0.0, math.inf),
-    "max_position_embeddings": 2048,  # they do not say it, and the model has no limit
-}
-_MAMBA_FIXED = {  # chunk_size may be any; transformers does not look at norm_before_gate, and gates before the norm
-    "hidden_act": ("silu", "swish"),
-    "use_bias": (False,),
-    "use_conv_bias": (True,),
-    "rms_norm": (True,),
-    "residual_in_fp32": (False, True),
-}
-_PLAIN: Values = {"mlp": "swiglu", "qkv_bias": False, "qk_norm": False}
-_FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0.0, None)}
-_GPT2_FIXED = {  # the activations are one function under three names
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
-FAMILIES = {  # by `model_type`; a config of ours is the first family that it fits
-    "llama": Family(
-        LlamaConfig, "LlamaForCausalLM", _LLAMA, _read_llama, _write_llama, _PLAIN | {"window": None}, _LLAMA_DEFAULTS, _FIXED
+_MISTRAL = replace(
+    _LLAMA,
+    architecture="MistralForCausalLM",
+    names=_LLAMA.names | {"window": "sliding_window"},
+    ours={name: value for name, value in _LLAMA.ours.items() if name != "window"},
+    defaults=_LLAMA.defaults | {"num_key_value_heads": 8, "sliding_window": 4096},
+)
+_QWEN3 = replace(
+    _LLAMA,
+    architecture="Qwen3ForCausalLM",
+    read=_read_qwen,
+    write=_write_qwen,
+    ours=_MISTRAL.ours | {"qk_norm": True},
+    defaults=_LLAMA.defaults
+    | {"num_key_value_heads": 32, "head_dim": 128}
+    | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+)
+_QWEN2 = replace(
+    _QWEN3,
+    architecture="Qwen2ForCausalLM",
+    ours=_MISTRAL.ours | {"qkv_bias": True},
+    defaults=_QWEN3.defaults | {"head_dim": None},
+    fixed={name: allowed for name, allowed in _LLAMA.fixed.items() if name != "attention_bias"},
+)
+_GPT2 = Family(
+    GPT2Config,
+    "GPT2LMHeadModel",
+    _SHARED
+    | _names(
+        "dim=n_embd num_layers=n_layer num_heads=n_head mlp_dim=n_inner max_seq_len=n_positions norm_eps=layer_norm_epsilon"
     ),
-    "mistral": Family(
-        LlamaConfig,
-        "MistralForCausalLM",
-        _LLAMA | {"window": "sliding_window"},
-        _read_llama,
-        _write_llama,
-        _PLAIN,
-        _LLAMA_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
-        _FIXED,
+    _read_gpt2,
+    _write_gpt2,
+    defaults={"n_inner": None, "initializer_range": 0.02, "tie_word_embeddings": True} | dict.fromkeys(_DROPOUTS, 0.1),
+    fixed={  # the activations are one function under three names
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+)
+_MAMBA = Family(
+    MambaConfig,
+    "Mamba2ForCausalLM",
+    _SHARED
+    | _names(
+        "dim=hidden_size num_layers=num_hidden_layers head_dim=head_dim state_dim=state_size num_groups=n_groups "
+        "expand=expand conv_size=conv_kernel dt_min=time_step_min dt_max=time_step_max "
+        "max_seq_len=max_position_embeddings norm_eps=layer_norm_epsilon"
     ),
-    "qwen2": Family(
-        LlamaConfig,
-        "Qwen2ForCausalLM",
-        _LLAMA,
-        _read_qwen,
-        _write_qwen,
-        _PLAIN | {"qkv_bias": True},
-        _QWEN_DEFAULTS,
-        {name: allowed for name, allowed in _FIXED.items() if name != "attention_bias"},
-    ),
-    "qwen3": Family(
-        LlamaConfig,
-        "Qwen3ForCausalLM",
-        _LLAMA,
-        _read_qwen,
-        _write_qwen,
-        _PLAIN | {"qk_norm": True},
-        _QWEN_DEFAULTS | {"head_dim": 128},
-        _FIXED,
-    ),
-    "gpt2": Family(GPT2Config, "GPT2LMHeadModel", _GPT2, _read_gpt2, _write_gpt2, {}, _GPT2_DEFAULTS, _GPT2_FIXED),
-    "mamba2": Family(
-        MambaConfig,
-        "Mamba2ForCausalLM",
-        _MAMBA,
-        _read_mamba,
-        _write_mamba,
-        {"kind": "mamba", "dt_bias": True},
-        _MAMBA_DEFAULTS,
-        _MAMBA_FIXED,
-    ),
-}
+    _read_mamba,
+    _write_mamba,
+    ours={"kind": "mamba", "dt_bias": True},
+    defaults={"num_heads": 128, "head_dim": 64, "state_size": 128, "n_groups": 8, "expand": 2, "conv_kernel": 4}
+    | {"layer_norm_epsilon": 1e-5, "initializer_range": 0.1, "tie_word_embeddings": False}
+    | {"time_step_min": 0.001, "time_step_max": 0.1, "time_step_limit": (0.0, math.inf)}
+    | {"max_position_embeddings": 2048},  # they do not say it, and the model has no limit
+    fixed={  # chunk_size may be any; transformers does not look at norm_before_gate, and gates before the norm
+        "hidden_act": ("silu", "swish"),
+        "use_bias": (False,),
+        "use_conv_bias": (True,),
+        "rms_norm": (True,),
+        "residual_in_fp32": (False, True),
+    },
+)
+# By `model_type`; a config of ours is the first family that it fits.
+FAMILIES = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3, "gpt2": _GPT2, "mamba2": _MAMBA}
 
 
 def to_hf_config(c: ModelConfig, special: Mapping[str, Any], dtype: torch.dtype) -> Values:

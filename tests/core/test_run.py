@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from franca.core.errors import ConfigError
-from franca.core.run import RunFolder, append_record, current_metrics, read_records, write_atomically
+from franca.core.run import RunFolder, append_record, current_metrics, lock, new_file, read_records, write_atomically
 
 
 def names(folder):
@@ -39,6 +39,33 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
         write_atomically(path, "half of the new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["file"]
+
+
+def test_a_new_file_is_named_by_a_full_disk_and_other_files_by_their_own_errors(tmp_path):
+    with pytest.raises(OSError, match=r"No space left.*file'") as full, new_file(tmp_path / "file"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match=r"none'") as other, new_file(tmp_path / "file"):
+        (tmp_path / "none").read_bytes()
+    assert (full.value.filename, other.value.filename) == (str(tmp_path / "file"), str(tmp_path / "none"))
+    assert names(tmp_path) == []
+
+
+def test_a_lock_keeps_others_out_until_it_is_given_back(tmp_path):
+    def hold(seconds):
+        with lock(tmp_path / "lock", "refused"):
+            held.set()
+            released.wait(seconds)
+
+    held, released = threading.Event(), threading.Event()
+    thread = threading.Thread(target=hold, args=(60,))
+    thread.start()
+    held.wait()
+    with pytest.raises(ConfigError, match="refused"), lock(tmp_path / "lock", "refused"):
+        pass
+    threading.Timer(0.3, released.set).start()
+    with lock(tmp_path / "lock", "refused", wait_s=60):
+        assert released.is_set()
+    thread.join()
 
 
 def test_the_old_file_is_seen_until_the_new_one_is_whole_on_disk(tmp_path, monkeypatch):

@@ -306,7 +306,7 @@ def test_a_file_that_vanishes_is_a_message_and_may_come_back(tmp_path, make, com
     assert contents(prepare(make("*.jsonl", **changes))) == whole
 
 
-@pytest.mark.parametrize("place", ["_list_files", "_plan", "_open_lines", "_good_rows"])
+@pytest.mark.parametrize("place", ["_list_files", "_plan", "_open_lines", "_spill"])
 def test_a_file_that_vanishes_from_a_shuffle_is_a_message(tmp_path, command, monkeypatch, place):
     for number in range(3):
         write_lines(tmp_path / f"{number}.jsonl", TEXTS[number * 50 :][:50])

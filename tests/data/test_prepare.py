@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -273,8 +272,8 @@ def test_a_foreign_folder_or_file_at_the_output_is_refused(tmp_path, make):
 def test_two_preparations_of_one_output_at_a_time_are_refused(tmp_path, make, monkeypatch):
     write_lines(tmp_path / "a.jsonl", TEXTS)
     root = prepare(make("*.jsonl"))
-    before, clock = contents(root), itertools.count()
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock)), sleep=lambda seconds: None))
+    before = contents(root)
+    monkeypatch.setattr(module, "KILLED_S", 0.2)
     with open(root / "units" / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="out: another process is preparing it"):

@@ -130,7 +130,7 @@ def test_the_result_is_a_sort_whatever_the_memory_and_the_workers(tmp_path, make
 
 def test_small_memory_really_made_many_batches_and_buckets(tmp_path, make, corpus, monkeypatch):
     counts = Counter()
-    for name in ("_mend_newlines", "_sorted_rows"):
+    for name in ("_spill", "_sorted_rows"):
 
         def count(*arguments, name=name, function=getattr(module, name)):
             counts[name] += 1
@@ -138,9 +138,9 @@ def test_small_memory_really_made_many_batches_and_buckets(tmp_path, make, corpu
 
         monkeypatch.setattr(module, name, count)
     shuffle(make(output="large"))
-    assert counts == {"_mend_newlines": 4, "_sorted_rows": 4}
+    assert counts == {"_spill": 4, "_sorted_rows": 4}
     shuffle(make(output="small", memory=MB))
-    assert counts["_mend_newlines"] > 10
+    assert counts["_spill"] > 10
     assert counts["_sorted_rows"] > 8
 
 

@@ -446,7 +446,7 @@ def full_disk(limit):
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(content)
 
-    return lambda path, mode: Full(io.FileIO(path, "w")) if "w" in mode else open(path, mode)
+    return lambda path, mode, buffering=-1: Full(io.FileIO(path, "w")) if "w" in mode else open(path, mode)
 
 
 @pytest.mark.parametrize("where", ["tokens", "index"])
