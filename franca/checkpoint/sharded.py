@@ -171,7 +171,7 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], num_ranks: int) -> 
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
-        advice = "Use the model: section it was made with."
+        advice = "Use the model: and optim: sections it was made with."
         raise ConfigError(f"{checkpoint.path}: is a checkpoint of another model: {shown}. {advice}")
     with _alone():
         try:
