@@ -145,11 +145,12 @@ def export(
     form: Annotated[
         Literal["hf", "torch"], typer.Option("--format", help="A folder for transformers, or one torch file.")
     ] = "hf",
+    ema: Annotated[bool, typer.Option(help="The average of the weights (optim.ema) in place of the last ones.")] = False,
     imports: Imports = None,
 ) -> None:
     """Write a Hugging Face folder that transformers loads as it is."""
     _import(imports)
-    _call("franca.checkpoint.convert:export", source, output, precision, form)
+    _call("franca.checkpoint.convert:export", source, output, precision, form, ema)
     print(output)
 
 

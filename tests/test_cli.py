@@ -83,7 +83,6 @@ def test_wrong_kind_and_wrong_word(franca, run_file) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["train.batch_samples=7", "train.micro_samples=2"], ["train.batch_samples", "multiple of 2"]),
         (["train.length=100 minutes of fun"], ["train.length", "2000 steps"]),
         (["train.length=20 min"], ["train.length", "wall time"]),
         (["train.length=9 epochs"], ["max_epochs", "tokens are missing"]),
@@ -92,7 +91,7 @@ def test_wrong_kind_and_wrong_word(franca, run_file) -> None:
         (["model.vocab_size=100"], ["model.vocab_size", "512"]),
         (["optim.warmup=50 steps"], ["optim.warmup", "shorten"]),
         (["data.sources=[]"], ["data.sources: the sources [] hold no tokens"]),
-        (["parallel.dp_shard=3"], ["parallel.dp_shard", "1 ranks"]),
+        (["parallel.dp_shard=3"], ["dp_shard 3 takes 3 rank(s)", "there are 1"]),
     ],
 )
 def test_a_run_that_cannot_finish_does_not_start(franca, run_file, words: list[str], parts: list[str]) -> None:
@@ -102,9 +101,9 @@ def test_a_run_that_cannot_finish_does_not_start(franca, run_file, words: list[s
     assert not Path(yaml.safe_load(path.read_text())["run"]).exists()
 
 
-def test_batch_that_does_not_divide_by_the_ranks(franca, run_file) -> None:
-    refused(franca("plan", run_file(), "--ranks", "3"), "train.batch_samples: 8", "3 rank(s)")
-    code, _, err = franca("launch", run_file(), "--ranks", "3")
+def test_a_mesh_that_is_not_the_number_of_ranks(franca, run_file) -> None:
+    refused(franca("plan", run_file(), "--ranks", "3", "parallel.tp=2"), "tp 2 takes a multiple of 2", "there are 3")
+    code, _, err = franca("launch", run_file(), "--ranks", "3", "parallel.tp=2")
     assert code == 78
     assert err.count("error:") == 1, "reported once, not by every rank"
 

@@ -145,19 +145,23 @@ def _new(path: Path, folder: bool = True) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def export(source: Path, output: Path, precision: Precision = "fp32", form: Format = "hf") -> None:
+def export(source: Path, output: Path, precision: Precision = "fp32", form: Format = "hf", ema: bool = False) -> None:
     """Write a run's newest checkpoint, or a checkpoint, as a folder that transformers loads as it is, or as one torch file:
     `{"model": tensors by our names, "params": params.json, "tokenizer": tokenizer.json}`.
 
-    The model is never built: a folder takes the memory of one of its files, a torch file that of the model.
+    `ema`: not the weights, but their average. The model is never built: a folder takes the memory of one of its files, a torch
+    file that of the model.
     """
     checkpoint = find(source, whole=True)
+    if ema and not checkpoint.meta.get("config", {}).get("optim", {}).get("ema"):
+        raise ConfigError(f"{checkpoint.path}: holds no average of its weights; train with optim.ema, or leave out --ema")
     params, dtype, tokenizer = _params(checkpoint), DTYPES[precision], Tokenizer.load(checkpoint.path / "tokenizer.json")
     shapes = dict(_on_meta(params.model).named_parameters())
 
     def fetch(names: list[str]) -> dict[str, Tensor]:
         tensors = {name: torch.empty(shapes[name].shape, dtype=dtype) for name in names}
-        sharded.load(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()}, num_ranks=1)
+        stored = {f"optimizer.{name}.ema" if ema else f"model.{name}": tensor for name, tensor in tensors.items()}
+        sharded.load(checkpoint, stored, num_ranks=1)
         return tensors
 
     if form == "torch":

@@ -87,7 +87,7 @@ def parallelize(
         for method in ("losses", "hidden"):
             register_fsdp_forward_method(model, method)
     model.to_empty(device=device)
-    init_weights(model, seed, device)
+    init_weights(model, torch.Generator(device).manual_seed(seed))
 
 
 def reshard(model: nn.Module) -> None:
@@ -98,13 +98,15 @@ def reshard(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int, device: torch.device) -> None:
+def init_weights(model: nn.Module, generator: torch.Generator) -> None:
     """Set every parameter and buffer: each module's full weights are drawn once, and this rank's part of them is kept.
 
-    Never more than one module is whole, and every mesh gets the same numbers: they follow from the seed and the module's name.
+    Never more than one module is whole, and every mesh gets the same numbers: they follow from the generator's seed
+    and the module's name.
     """
+    seed, device = generator.initial_seed(), generator.device
     for owner, module in owners(model):
-        generator = torch.Generator(device).manual_seed(random.Random(f"{seed} {owner}").getrandbits(63))
+        generator.manual_seed(random.Random(f"{seed} {owner}").getrandbits(63))
         sharded = {name: p for name, p in module.named_parameters(recurse=False) if isinstance(p, DTensor)}
         whole = {name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)) for name, p in sharded.items()}
         module._parameters.update(whole)

@@ -172,6 +172,8 @@ def build(resolved: Resolved, here: World, faults: Faults, folder: RunFolder, at
     loss_scale = LossScale(train.loss_scale or LossScaleConfig(), here.device) if train.precision == "fp16" else None
     loader = Loader(plan.order, plan.shards, resolved.timeline, resolved.stop_samples, settings.data.attention)
     run = Run(resolved, here, place, faults, folder, attempt, metrics, model, optimizer, loss_scale, loader)
+    if attempt == 1:
+        metrics.say(optim.table_text(on_meta(settings), settings.optim))
     resume(run)
     return run
 
@@ -322,6 +324,10 @@ def validate(run: Run) -> None:
         if run.world.from_main(run.metrics.has_validation(name, run.step)):
             continue
         values = validation.measure(run.model, loader, facts, micro, run.world, run.mesh)
+        if run.config.optim.ema is not None:
+            with run.optimizer.averaged():
+                average = validation.measure(run.model, loader, facts, micro, run.world, run.mesh)
+            values |= {f"ema_{key}": value for key, value in average.items()}
         clock = timeline.clock(run.step)
         run.metrics.validation({"step": run.step, "samples": clock.samples, "tokens": clock.tokens, "set": name, **values})
         run.metrics.say(f"validation {name}: loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")

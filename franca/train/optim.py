@@ -5,7 +5,8 @@ The rules stand in `train.adamw` and `train.muon`, how numbers are written in `t
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -116,6 +117,16 @@ def table(model: nn.Module, optim: OptimConfig) -> list[tuple[Any, ...]]:
     return [(name, tuple(shape), count, count * shape.numel(), *group) for (name, shape, group), count in rows.items()]
 
 
+def table_text(model: nn.Module, optim: OptimConfig) -> str:
+    """The table for people."""
+    lines = [("parameters", "shape", "number", "rule", "decay", "rate x")]
+    for name, shape, count, numel, rule, decay, factor in table(model, optim):
+        size = " x ".join(map(str, shape)) + (f", {count} times" if count > 1 else "")
+        lines.append((name, size, f"{numel:,}", rule, f"{decay:g}", f"{factor:g}"))
+    widths = [max(len(line[column]) for line in lines) for column in range(6)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
 class Optimizer:
     """Every parameter with its state and its rule. `products` is the dtype of the rules' own matrix products.
 
@@ -157,6 +168,17 @@ class Optimizer:
             share = (1.0 - self.optim.ema) * (1.0 - found_inf)
             for part in self.parts.values():
                 local(part.state["ema"]).lerp_(value(part), share)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """With the averages (`ema`) in place of the parameters."""
+        kept = {name: local(part.parameter).clone() for name, part in self.parts.items()}
+        with torch.no_grad():
+            for part in self.parts.values():
+                local(part.parameter).copy_(local(part.state["ema"]))
+            yield
+            for name, part in self.parts.items():
+                local(part.parameter).copy_(kept[name])
 
     def zero_grad(self) -> None:
         for part in self.parts.values():

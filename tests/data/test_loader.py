@@ -45,8 +45,17 @@ def make_loader(shards, seq_len, batch=4, epochs=1, attention="causal", **order)
     return loader, timeline.steps(Duration(epochs, "epochs"))
 
 
+def real_rows(loader, step, rank, world):
+    """A rank's slice of a batch; all ranks have as many rows, and those that fill up hold nothing."""
+    count, batch = loader.timeline.batch_samples(step), loader.batch(step, rank, world)
+    mine = count * (rank + 1) // world - count * rank // world
+    assert len(batch.tokens_BT) == -(-count // world)
+    assert (batch.targets_BT[mine:] == IGNORE).all()
+    return batch.part(0, mine)
+
+
 def read_everything(loader, steps, world):
-    batches = [loader.batch(step, rank, world) for step in range(steps) for rank in range(world)]
+    batches = [real_rows(loader, step, rank, world) for step in range(steps) for rank in range(world)]
     return np.concatenate([b.tokens_BT for b in batches]), np.concatenate([b.targets_BT for b in batches])
 
 

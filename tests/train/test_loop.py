@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from franca.checkpoint import sharded
+from franca.checkpoint import convert, sharded
 from franca.checkpoint.convert import open_model
-from franca.checkpoint.store import Store
+from franca.checkpoint.store import Checkpoint, Store
 from franca.core.errors import ConfigError
 from franca.core.run import RunFolder, read_records
 from franca.data.loader import IGNORE, Loader
@@ -343,3 +343,36 @@ def test_a_run_in_the_order_of_2021(run_file, records) -> None:
         resolve(read_config(path, ["train.length=42 steps"]), 1)
     with pytest.raises(ConfigError, match="knows weights alone"):
         resolve(read_config(path, ["data.temperature=2"]), 1)
+
+
+def test_an_average_of_the_weights_is_measured_and_exported(run_file, records, tmp_path: Path) -> None:
+    """Against the average of the checkpoints' weights, and the held-out loss of a run that begins with the export."""
+    optimizer = {"ema": 0.5, "warmup": "1 steps"}
+    path = run_file(
+        "run", train={"length": "3 steps"}, optim=optimizer, checkpoint={"every": "1 steps"}, validation={"at_end": True}
+    )
+    seed = run_file("seed", train={"length": "0 steps"}, optim=optimizer)
+    assert (train(path), train(seed)) == (0, 0)
+    stores = [Store(tmp_path / name / "checkpoints") for name in ("seed", "run")]
+    first, *others = [weights for store in stores for weights in map(weights_of, store.committed())]
+    for weights in others:
+        first = {name: (first[name] + weights[name]) / 2 for name in first}
+    convert.export(tmp_path / "run", tmp_path / "average.pt", form="torch", ema=True)
+    average = torch.load(tmp_path / "average.pt")["model"]
+    for name, tensor in average.items():
+        torch.testing.assert_close(tensor, first[f"model.{name}"], rtol=1e-6, atol=1e-8)
+    convert.import_folder(tmp_path / "average.pt", tmp_path / "average")
+    again = run_file("again", train={"length": "0 steps"}, init_from=str(tmp_path / "average"), validation={"at_end": True})
+    assert train(again) == 0
+    (mine,), (theirs,) = (records(tmp_path / name, "metrics.validation.jsonl") for name in ("run", "again"))
+    assert mine["ema_loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    assert mine["loss"] != mine["ema_loss"]
+    with pytest.raises(ConfigError, match="holds no average"):
+        convert.export(tmp_path / "again", tmp_path / "none.pt", form="torch", ema=True)
+
+
+def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    stored = sharded.Reader(checkpoint.path).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size) for name, entry in stored.items() if name.startswith("model.")}
+    sharded.load(checkpoint, tensors, num_ranks=1)
+    return tensors
