@@ -136,7 +136,7 @@ def test_a_model_of_another_shape_lists_its_tensors(
     with pytest.raises(ConfigError) as caught:
         sharded.load(made, tensors, num_ranks=1)
     assert "model.layers.1.attention_norm.weight is not in it" in str(caught.value)
-    assert "model: section" in str(caught.value)
+    assert "model: and optim: sections" in str(caught.value)
 
 
 def test_a_truncated_file_of_tensors_is_one_error(checkpoint: Checkpoint) -> None:

@@ -15,7 +15,7 @@ from franca.models.decoder import Decoder
 from franca.models.layers import RopeScaling
 from franca.models.llama import LlamaConfig
 from franca.parallel.apply import init_weights, parallelize
-from franca.parallel.mesh import ParallelConfig
+from franca.parallel.mesh import ALONE, ParallelConfig
 
 SMALL = LlamaConfig(vocab_size=61, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=48, max_seq_len=128, init_std=0.2)
 LLAMA_3_2_1B = LlamaConfig(
@@ -240,7 +240,7 @@ def test_no_two_matrices_start_alike(model: Decoder) -> None:
 def test_a_model_laid_on_a_device_starts_as_a_plain_one(tied: bool) -> None:
     config = dataclasses.replace(SMALL, tied=tied)
     plain, laid = initialised(config, seed=5), on_meta(config)
-    parallelize(laid, None, ParallelConfig(), "fp32", torch.device("cpu"), seed=5)
+    parallelize(laid, ALONE, ParallelConfig(), "fp32", torch.device("cpu"), seed=5)
     for (name, parameter), other in zip(plain.named_parameters(), laid.parameters(), strict=True):
         assert torch.equal(parameter, other), name
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), laid.buffers(), strict=True))
