@@ -35,19 +35,19 @@ def build(
     seq_len: int,
 ) -> nn.Module:
     """What `make` gives, a model on the meta device, on its devices (see `parallelize`); of several stages, this rank's."""
-    group = mesh.group("pp")
-    if group is None:
+    stages = mesh.axis("pp")
+    if stages is None:
         model = make()
         parallelize(model, mesh, parallel, precision, device, seed, float8)
         return model
     whole: Any = make()
-    stages = split(whole.layer_flops(seq_len), whole.head_flops, mesh.sizes["pp"] * parallel.interleave, parallel.stages)
+    parts = split(whole.layer_flops(seq_len), whole.head_flops, mesh.sizes["pp"] * parallel.interleave, parallel.stages)
     chunks = []
-    for layers in stages[mesh.here["pp"] :: mesh.sizes["pp"]]:
+    for layers in parts[mesh.here["pp"] :: mesh.sizes["pp"]]:
         chunks.append(make())
         cut(chunks[-1], layers)
         parallelize(chunks[-1], mesh, parallel, precision, device, seed, float8)
-    return Pipeline(chunks, group, device, seq_len // mesh.sizes["cp"] // mesh.sizes["tp"])
+    return Pipeline(chunks, stages.get_group(), device, seq_len // mesh.sizes["cp"] // mesh.sizes["tp"])
 
 
 def parallelize(
@@ -70,7 +70,7 @@ def parallelize(
         world.keep_compiled(parallel.compile_cache)
     if float8 is not None:
         eight_bits.convert(model, float8, device)
-    tp, cp, fsdp = mesh.axis("tp"), mesh.group("cp"), mesh.fsdp
+    tp, cp, fsdp = mesh.axis("tp"), mesh.rows, mesh.fsdp
     if tp is not None:
         split_layers(model, contract.config.tp_plan(), tp)
     if cp is not None:

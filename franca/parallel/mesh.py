@@ -41,11 +41,15 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where one rank stands. `sizes` and `here` by axis; `whole` is None for one rank, which needs no collective."""
+    """Where one rank stands. `sizes` and `here` by axis; what has one rank is None.
+
+    `whole` has the axes pp, dp_replicate, fsdp (dp_shard x cp) and tp, those of one rank left out, but fsdp.
+    """
 
     sizes: dict[str, int]
     here: dict[str, int]
     whole: DeviceMesh | None = None
+    rows: dist.ProcessGroup | None = None  # the ranks that share rows: along cp
 
     @property
     def dp_size(self) -> int:
@@ -76,18 +80,12 @@ class Mesh:
         """The mesh along one axis; None when it has one rank."""
         return None if self.whole is None or self.sizes[name] == 1 else self.whole[name]
 
-    def group(self, name: str) -> dist.ProcessGroup | None:
-        """The process group along one axis; None when it has one rank."""
-        axis = self.axis(name)
-        return None if axis is None else axis.get_group()
-
     @property
     def fsdp(self) -> DeviceMesh | None:
         """What parameters are sharded over (and copied over, as the first axis of two); None when they are not."""
         if self.whole is None or self.gradient_parts == 1:
             return None
-        shard = "dp_shard" if self.sizes["cp"] == 1 else "dp_shard_cp"
-        return self.whole[("dp_replicate", shard)] if self.sizes["dp_replicate"] > 1 else self.whole[shard]
+        return self.whole[("dp_replicate", "fsdp")] if self.sizes["dp_replicate"] > 1 else self.whole["fsdp"]
 
 
 ALONE = Mesh(dict.fromkeys(AXES, 1), dict.fromkeys(AXES, 0))
@@ -141,11 +139,17 @@ def make(parallel: ParallelConfig, num_ranks: int, rank: int, device: torch.devi
     sizes = sizes_of(parallel, num_ranks)
     if num_ranks == 1:
         return ALONE
-    names = tuple(axis for axis in AXES if sizes[axis] > 1 or axis == "dp_shard")  # FSDP2 wants that one to be there
-    whole = init_device_mesh(device.type, tuple(sizes[name] for name in names), mesh_dim_names=names)
+    joined = {
+        **{axis: sizes[axis] for axis in ("pp", "dp_replicate")},
+        "fsdp": sizes["dp_shard"] * sizes["cp"],
+        "tp": sizes["tp"],
+    }
+    names = tuple(axis for axis, size in joined.items() if size > 1 or axis == "fsdp")  # FSDP2 wants that one to be there
+    whole, rows = init_device_mesh(device.type, tuple(joined[name] for name in names), mesh_dim_names=names), None
     if sizes["cp"] > 1:
-        whole["dp_shard", "cp"]._flatten("dp_shard_cp")
+        shape = (num_ranks // sizes["cp"] // sizes["tp"], sizes["cp"], sizes["tp"])
+        rows = init_device_mesh(device.type, shape, mesh_dim_names=("others", "cp", "tp")).get_group("cp")
     here, left = {}, rank
     for axis in reversed(AXES):
         left, here[axis] = divmod(left, sizes[axis])
-    return Mesh(sizes, here, whole)
+    return Mesh(sizes, here, whole, rows)

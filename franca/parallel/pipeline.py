@@ -208,8 +208,9 @@ class Pipeline(nn.Module):
         """Where the embedding is also the head: to the gradient of each copy, add the other's."""
         if (tied := self._tied) is None:
             return
-        mine: Any = tied.grad
-        mine = mine.to_local() if isinstance(mine, DTensor) else mine
+        if isinstance(tied.grad, DTensor) and isinstance(tied, DTensor):  # the two uses may leave it in different forms
+            tied.grad = tied.grad.redistribute(placements=tied.placements)
+        mine: Any = tied.grad.to_local() if isinstance(tied.grad, DTensor) else tied.grad
         theirs, other = torch.empty_like(mine), self.size - 1 - self.rank
         pairs = (dist.isend, mine), (dist.irecv, theirs)
         for work in dist.batch_isend_irecv([dist.P2POp(do, t, group=self.group, group_peer=other) for do, t in pairs]):

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-TRUNK = {"dim": 32, "num_layers": 8, "max_seq_len": 64}
+TRUNK = {"dim": 32, "num_layers": 4, "max_seq_len": 64}
 HEADS = {"num_heads": 8, "num_kv_heads": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"kind": "llama", **HEADS},
@@ -36,8 +36,8 @@ def write(path: Path, dataset: Path, family: str, parallel: dict[str, Any], prec
         "run": str(path.parent / path.stem),
         "model": TRUNK | FAMILIES[family],
         "data": {"sources": [{"path": str(dataset)}], "seq_len": 64, "attention": "document"},
-        "train": {"length": "5 steps", "batch_samples": 11, "micro_samples": 2, "precision": precision, "log_every": "1 steps"},
-        "optim": {"lr": 1e-2, "warmup": "1 steps"},
+        "train": {"length": "5 steps", "batch_samples": 11, "micro_samples": 3, "precision": precision, "log_every": "1 steps"},
+        "optim": {"lr": 1e-3, "warmup": "1 steps"},
         "checkpoint": {"every": "100 steps"},
         "validation": {"at_end": True, "micro_samples": 16},
         "parallel": parallel,
@@ -69,9 +69,9 @@ def train(path: Path, ranks: int, timeout_s: float = 300.0) -> dict[str, list[fl
 
 
 def _work(path: Path, rank: int, ranks: int, port: int) -> None:
-    output = os.open(path.with_suffix(f".{rank}.out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    sys.stdout = sys.stderr = open(path.with_suffix(f".{rank}.out"), "a", buffering=1)  # noqa: SIM115 (the process's)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()} | {"GLOO_SOCKET_IFNAME": "lo"})
     from franca.train import loop
