@@ -4,6 +4,7 @@ It uses the same checks as training, so that what it lets through starts.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.filesize import decimal
 from franca.core.errors import ConfigError
 from franca.core.schedule import TOKENS_PER_PARAMETER
 from franca.models.base import count_parameters
+from franca.parallel.mesh import sizes_of
 from franca.train.config import RunConfig, read_config, resolve
 from franca.train.optim import state_bytes
 
@@ -37,7 +39,9 @@ def plan(settings: RunConfig, num_ranks: int) -> dict[str, Any]:
     counts = count_parameters(model)
     clock = timeline.clock(resolved.total_steps)
     flops_per_token = timeline.flops_per_token
-    weights_bytes, states_bytes = 4 * counts["total"], state_bytes(model, config.optim)
+    weights_bytes = (4 if config.optim.bf16_params is None else 2) * counts["total"]
+    states_bytes, sizes = state_bytes(model, config.optim), sizes_of(config.parallel, num_ranks)
+    parts = math.prod(size for axis, size in sizes.items() if axis != "dp_replicate")
     return {
         "params": counts,
         "steps": resolved.total_steps,
@@ -48,8 +52,8 @@ def plan(settings: RunConfig, num_ranks: int) -> dict[str, Any]:
         "batch_ramp": [{"iteration": s.step, "samples": s.samples, "batch": s.batch_samples} for s in timeline.stages],
         "flops": {"per_token": flops_per_token, "total": clock.flops},
         "checkpoint": {"full_bytes": weights_bytes + states_bytes, "weights_bytes": weights_bytes},
-        # Parameters and gradients in fp32 and the optimizer's state, all of them sharded over the ranks.
-        "memory": {"static_bytes_per_device": (2 * weights_bytes + states_bytes) // num_ranks},
+        # Parameters, their gradients and the optimizer's state, in parts over all ranks but the copies.
+        "memory": {"static_bytes_per_device": (2 * weights_bytes + states_bytes) // parts},
         "problems": [],
     }
 

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
 from franca.models.layers import VocabShard
+
+try:
+    from torch.distributed._functional_collectives import all_gather_single_autograd as all_gather
+except ImportError:  # before PyTorch 2.13
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd as all_gather
 
 
 class Gather(ParallelStyle):
@@ -103,6 +107,6 @@ class Spread:
 
     def gather(self, x_BKTE: Tensor) -> Tensor:
         """The keys or values of all positions, in order, (B, K, T, E), from those of this rank's."""
-        whole_TBKE = all_gather_tensor_autograd(x_BKTE.movedim(2, 0).contiguous(), 0, self.group)
+        whole_TBKE = all_gather(x_BKTE.movedim(2, 0).contiguous(), 0, self.group)
         order = self._all(len(whole_TBKE), whole_TBKE.device).flatten().argsort()
         return whole_TBKE[order].movedim(0, 2)
