@@ -68,6 +68,7 @@ def parallelize(
     contract.compute_dtype = dtype = DTYPES[precision]
     if parallel.compile:
         world.keep_compiled(parallel.compile_cache)
+        torch._dynamo.config.recompile_limit = 64  # all blocks share one code: kinds x (train, eval) x sizes of micro-batches
     if float8 is not None:
         eight_bits.convert(model, float8, device)
     tp, cp, fsdp = mesh.axis("tp"), mesh.rows, mesh.fsdp

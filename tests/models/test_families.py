@@ -184,9 +184,9 @@ def test_a_cache_says_what_it_holds_in_named_tensors_with_rows_first(shape: Any)
 def test_bf16_logits_are_near_the_exact_ones(shape: Any, held: torch.dtype) -> None:
     model, tokens = build(shape), ids(4, 80)
     exact = model(tokens).detach()
-    model.to(held)
-    if model.rope is not None:
-        model.rope.float().reset()
+    for name, parameter in model.named_parameters():  # as `open_model` holds them: decays and steps of time stay exact
+        if name.endswith((".weight", ".bias")):
+            parameter.data = parameter.data.to(held)
     model.compute_dtype = torch.bfloat16
     cache = model.new_cache(4, 80)
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_bf16_logits_are_near_the_exact_ones(shape: Any, held: torch.dtype) -> N
     for rough in (model(tokens).detach(), parts):
         assert rough.dtype == torch.bfloat16
         assert (rough - exact).square().mean().sqrt() < 0.03 * exact.std()
-        assert (rough - exact).abs().flatten().quantile(0.999) < 0.1 * exact.std()  # the largest of all is a matter of luck
+        assert (rough - exact).abs().max() < 0.25 * exact.std()
     assert all(state["hidden"].dtype == torch.float32 for state in cache.states if "hidden" in state)
 
 
