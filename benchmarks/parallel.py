@@ -23,14 +23,15 @@ MESHES: dict[str, dict[str, int]] = {
     "CP": {"cp": 2},
     "PP, 4 micro-batches": {"pp": 2},
 }
-STEPS, WARM_UP, ROUNDS = 10, 4, 2
+STEPS, WARM_UP, ROUNDS = 6, 2, 2
 
 
 def rows(root: Path) -> list[Row]:
     speeds: dict[str, list[float]] = {name: [] for name in ("one process", *MESHES)}
+    data = dataset(root)
     for number in range(ROUNDS):
         for name, values in speeds.items():
-            values.append(_tokens_per_s(root, f"parallel-{name.split()[0]}-{number}", MESHES.get(name, {})))
+            values.append(_tokens_per_s(root, data, f"parallel-{name.split()[0]}-{number}", MESHES.get(name, {})))
             say(f"  {name}: {values[-1]:,.0f} tokens/s")
     one = statistics.median(speeds["one process"])
     found = []
@@ -41,12 +42,12 @@ def rows(root: Path) -> list[Row]:
     return found
 
 
-def _tokens_per_s(root: Path, name: str, parallel: dict[str, int]) -> float:
+def _tokens_per_s(root: Path, data: Path, name: str, parallel: dict[str, int]) -> float:
     """One run, a core per process."""
     values: dict[str, Any] = {
         "run": str(root / name),
         "model": {"kind": "llama", "max_seq_len": 512, "vocab_multiple": 16, **SHAPE},
-        "data": {"sources": [{"path": str(dataset(root))}], "seq_len": 512},
+        "data": {"sources": [{"path": str(data)}], "seq_len": 512},
         "train": {
             "length": f"{STEPS} steps",
             "batch_samples": 8,
