@@ -122,6 +122,8 @@ def problems(parallel: ParallelConfig, num_ranks: int, model: Any, seq_len: int)
         widths = model.tp_widths()
         if not widths:
             found.append(f"parallel.tp: is {tp}, but blocks of '{model.kind}' cannot be split; take 1, and more of dp_shard")
+        if parallel.compile:  # their backward pass loses track of what is sharded how, in PyTorch 2.13
+            found.append("parallel.compile: blocks that are split by tp cannot be compiled; leave it out, or take tp 1")
         uneven = [f"{name} {width}" for name, width in widths.items() if width % tp]
         if uneven:
             found.append(f"parallel.tp: {tp} does not divide {', '.join(uneven)}; change tp or the model")

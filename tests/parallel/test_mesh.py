@@ -52,6 +52,7 @@ def test_a_product_that_is_not_the_number_of_ranks_is_refused(parallel, ranks, w
         (LLAMA, ParallelConfig(tp=8), 64, ["parallel.tp: 8 does not divide", "num_kv_heads 4"]),
         (LlamaConfig(vocab_size=511, dim=64), ParallelConfig(tp=2), 64, ["vocab_multiple", "511"]),
         (GPT2Config(vocab_size=512, dim=64, num_heads=6, max_seq_len=64), ParallelConfig(tp=4), 64, ["num_heads 6"]),
+        (LLAMA, ParallelConfig(tp=2, compile=True), 64, ["parallel.compile", "tp 1"]),
         (LLAMA, ParallelConfig(cp=2), 66, ["data.seq_len: 66", "2 x cp 2", "multiple of 4"]),
         (LLAMA, ParallelConfig(cp=2, tp=2), 68, ["2 x cp 2 x tp 2", "multiple of 8"]),
         (MinGRUConfig(kind="mingru", vocab_size=512), ParallelConfig(tp=2), 64, ["'mingru' cannot be split"]),
